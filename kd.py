@@ -18,13 +18,15 @@ Weights, logs, pictures and the table of results are left in results/reference (
 """
 import argparse
 import ctypes
-import functools
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 import time
-from functools import partial
+import timeit
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -40,28 +42,28 @@ from tqdm import tqdm
 # === 1. Settings =================================================================================
 # Where a value comes from: [t] the assignment's text, [n] its public notebook
 # (mHemaAP/EPAiV5-Session29), [m] measured by us on 5,000 training images that were held out.
-SETTINGS = {  # a training's numbers, each an option too: (default, lowest, highest, meaning)
-    "epochs": (100, 1, 10_000, "at most this many epochs"),                                  # [t]
-    "batch_size": (2048, 1, 50_000, "images per step"),                                      # [n]
-    "lr": (0.01, 1e-9, 100.0, "learning rate"),                                              # [n]
-    "momentum": (0.9, 0.0, 0.999, "SGD's momentum"),                                         # [n]
-    "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                   # [n]
+SETTINGS = {  # of a training, each an option too: (default, lowest, highest, meaning)
+    "epochs": (100, 1, 10_000, "at most this many epochs"),                                   # [t]
+    "batch_size": (2048, 1, 50_000, "images per step"),                                       # [n]
+    "lr": (0.01, 1e-9, 100.0, "learning rate"),                                               # [n]
+    "momentum": (0.9, 0.0, 0.999, "SGD's momentum"),                                          # [n]
+    "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
-    "shear": (10.0, 0.0, 80.0, "and sheared along x by up to ± so many degrees"),            # [t]
-    "temperature": (5.0, 0.01, 1000.0, "T, divides the logits; used only with a teacher"),   # [n]
-    "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
-    "patience": (5, 1, 10_000, "epochs at rest before a training stops"),                    # [n]
-    "min_delta": (0.02, 0.0, 1000.0, "the training loss rests if it changes by less"),       # [n]
+    "shear": (10.0, 0.0, 80.0, "and sheared along x by up to ± so many degrees"),             # [t]
+    "temperature": (5.0, 0.01, 1000.0, "T divides the logits; needs a teacher"),              # [n]
+    "alpha": (1.0, 0.0, 1.0, "weight of the labels; the soft targets have 1 - alpha"),
+    "patience": (5, 1, 10_000, "epochs at rest after which a training stops"),                # [n]
+    "min_delta": (0.02, 0.0, 1000.0, "at rest: the training loss changes by less"),           # [n]
 }
 RECIPES = {"reference": {  # how a training differs from these defaults
     "teacher": {},
     "student": {},
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
-    # lr [m]: 0.01 learns less, 0.05 throws the trained student off for good; alpha [n].
+    # alpha [n]; lr [m]: 0.01 learns less, 0.05 throws the trained student off for good.
     "dist_student": {"starts_from": "student", "lr": 0.02, "weight_decay": 5e-4, "alpha": 0.5},
 }}
 STAGES = {"teacher": "teacher", "student": "student", "distill": "dist_student",
-          "control": "control"}  # the network that a stage trains, and the name of its files
+          "control": "control"}  # what a stage trains, which is also what its files are called
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
 
@@ -110,18 +112,15 @@ class Network(nn.Module):
         x = skip = self.block1[0](x)                                           # → 16×32×32
         for _ in range(4):
             skip = self.skip(skip)
-        x = self.block1[1:](x) + skip
-        return self.head(self.block3(self.block2(x)))
+        return self.head(self.block3(self.block2(self.block1[1:](x) + skip)))
 
 
-class TeacherModel(Network):
-    def __init__(self):
-        super().__init__(c2=64, c3=128)
+def TeacherModel():
+    return Network(c2=64, c3=128)
 
 
-class StudentModel(Network):
-    def __init__(self):
-        super().__init__(c2=32, c3=64)
+def StudentModel():
+    return Network(c2=32, c3=64)
 
 
 def derived_seed(seed, *purpose):
@@ -130,7 +129,7 @@ def derived_seed(seed, *purpose):
 
 
 def new_network(kind, seed):
-    """A TeacherModel or StudentModel whose initial weights follow from seed and kind alone."""
+    """A TeacherModel or StudentModel; its initial weights follow from seed and kind alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, *kind.__name__.encode()))
         return kind()
@@ -142,31 +141,29 @@ def new_network(kind, seed):
 def load_cifar10(data_dir):
     """(train_images, train_labels, test_images, test_labels): uint8 (N, 3, 32, 32), int64 (N,).
 
-    Reads data_dir/{train,test}/<class>/*.png if there is such a folder, otherwise torchvision's
-    CIFAR10, which downloads what is missing. The images are sorted by label and bytes, since the
-    two sources order them differently and a seed should mean the same for both.
+    Reads data_dir/{train,test}/<class>/ if there are such folders, otherwise torchvision's CIFAR10,
+    which downloads what is missing. The two order the images differently, so both are sorted by
+    label and bytes: a seed then means the same for both.
     """
-    splits, as_folders = [], any(Path(data_dir, split).is_dir() for split in ("train", "test"))
+    data_dir, tensors = Path(data_dir), []
     for split in ("train", "test"):
-        folder = Path(data_dir, split)
         try:
-            if as_folders:
-                found = {path.name for path in folder.iterdir() if path.is_dir()}
-                if odd := ", ".join(found ^ set(CLASSES)):  # ImageFolder would shift the labels
-                    raise KDError(f"{folder} must hold CIFAR-10's ten classes, not more or less: {odd}")
-                dataset = torchvision.datasets.ImageFolder(folder)
+            if (data_dir / "train").exists() or (data_dir / "test").exists():
+                dataset = torchvision.datasets.ImageFolder(data_dir / split)
+                if dataset.classes != list(CLASSES):  # one missing would shift the others' labels
+                    raise KDError(f"{data_dir / split} must hold ten folders: {', '.join(CLASSES)}")
             else:
                 dataset = torchvision.datasets.CIFAR10(data_dir, split == "train", download=True)
             pairs = [(label, TF.pil_to_tensor(image)) for image, label in dataset]
         except (OSError, RuntimeError) as error:
-            raise KDError(f"no CIFAR-10 in {data_dir} ({error}): put PNG images into train/<class>/ "
-                          "and test/<class>/ there, or go online for torchvision to download it")
+            raise KDError(f"no CIFAR-10 in {data_dir} ({error}): put its images into train/<class>/ "
+                          "and test/<class>/ there, or go online and torchvision downloads it")
         for (path, _), (_, image) in zip(getattr(dataset, "samples", ()), pairs):
             if image.shape != (3, 32, 32):
                 raise KDError(f"{path} is {image.shape[2]}×{image.shape[1]} pixels, not 32×32")
         labels, images = zip(*sorted(pairs, key=lambda pair: (pair[0], pair[1].numpy().tobytes())))
-        splits += [torch.stack(images), torch.tensor(labels)]
-    return tuple(splits)
+        tensors += [torch.stack(images), torch.tensor(labels)]
+    return tuple(tensors)
 
 
 def affine(images, angles, shears):
@@ -174,19 +171,18 @@ def affine(images, angles, shears):
 
     images (N, 3, S, S), 0–255, uint8 or float; angles, shears (N,) in degrees → float32, 0–255.
     Every pixel is torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]), which knows one
-    angle per batch. F.affine_grid instead of the grid below would round otherwise (one pixel in
-    2.5 million differs), and under autocast it would be bf16 (one in 28).
+    angle per batch. F.affine_grid would round otherwise than the grid below (one pixel in 2.5
+    million differs), and give bf16 under autocast (one in 28).
     """
     exact = torch.float32 if angles.device.type == "mps" else torch.float64  # MPS has no float64
     angle, shear = angles.to(exact).deg2rad(), shears.to(exact).deg2rad()
-    cos, sin, tan = angle.cos(), angle.sin(), shear.tan()
+    cos, sin, tan, half = angle.cos(), angle.sin(), shear.tan(), images.shape[-1] / 2
     # The inverse of rotation · shear: for each output pixel, the place in the input to look at,
-    # both measured from the centre; grid_sample's unit is half an image.
-    half = images.shape[-1] / 2
+    # both measured from the centre, in halves of an image as grid_sample wants it.
     inverse = torch.stack([cos - sin * tan, sin + cos * tan, -sin, cos]).float() / half
     a, b, c, d = inverse[:, :, None, None]                                     # (N, 1, 1) each
-    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)
-    y = x[:, None]
+    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)    # a row
+    y = x[:, None]                                                             # a column
     grid = torch.stack([a * x + b * y, c * x + d * y], dim=-1)                 # (N, S, S, 2)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
@@ -258,11 +254,9 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
 # === 5. Early stopping ===========================================================================
 class EarlyStopping:
-    """Called with each epoch's mean training loss; True once it has come to rest.
-
-    That is, when it has changed by less than min_delta, up or down, for `patience` epochs in a row.
-    The distillation loss has another scale (T² = 25): the same min_delta is stricter there.
-    """
+    """Called with each epoch's mean training loss; True once it has come to rest: it has changed by
+    less than min_delta, up or down, `patience` times in a row. (The distillation loss is on another
+    scale, T² = 25: the same min_delta is stricter there.)"""
 
     def __init__(self, patience, min_delta):
         self.patience, self.min_delta = patience, min_delta
@@ -275,9 +269,8 @@ class EarlyStopping:
 
 
 # === 6. Training: one loop for all four ==========================================================
-@functools.cache
-def has_bf16(device):
-    """Whether the device computes in bf16; CPUs without the instructions emulate it, at a crawl."""
+@cache
+def has_bf16(device):  # a CPU without the instructions emulates them, at a crawl
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
@@ -308,14 +301,13 @@ def write_file(path, save):
 
 
 def fit(name, model, data, settings, seed, folder, teacher=None):
-    """Train the model, with a teacher if there is one; leaves <name>.pt and the log in `folder`."""
+    """Train the model, with a teacher if there is one; leaves its weights and log in `folder`."""
     train_images, train_labels, test_images, test_labels = data
-    device, n = train_images.device, len(train_images)
-    model.to(device, memory_format=layout(device))
+    n, device = len(train_images), train_images.device
     if teacher is not None:
-        teacher.to(device, memory_format=layout(device)).eval().requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=settings["lr"],
-                                momentum=settings["momentum"], weight_decay=settings["weight_decay"])
+        teacher.eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], settings["momentum"],
+                                weight_decay=settings["weight_decay"])
     at_rest, log, drawn = EarlyStopping(settings["patience"], settings["min_delta"]), [], 0.0
     for epoch in range(1, settings["epochs"] + 1):
         model.train()
@@ -349,262 +341,267 @@ def fit(name, model, data, settings, seed, folder, teacher=None):
                "seconds": seconds}
         log.append({key: round(value, 6) for key, value in row.items()})
         print(f"{name:12}", *(f"{key} {value:<8.5g}" for key, value in row.items()), flush=True)
-        stop = at_rest(log[-1]["train_loss"]) or epoch == settings["epochs"]
-        if stop or time.perf_counter() - drawn > 10:
+        if time.perf_counter() - drawn > 10:
             write_log(folder, name, log)
             drawn = time.perf_counter()
-        if stop:
+        if at_rest(log[-1]["train_loss"]):
             break
+    write_log(folder, name, log)
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     write_file(folder / f"{name}.pt", lambda file: torch.save(weights, file))
     return log
 
 
-# === 7. Pictures =================================================================================
+# === 7. Evaluation: the table and the pictures ===================================================
 BLUE, ORANGE = "#0072B2", "#D55E00"  # colour-blind readers tell them apart (Okabe & Ito)
 
 
-def write_picture(path, title, *rows, height=3):
-    """A row is (heading, panels); each panel is a function that draws on the axes it is given."""
-    figure = Figure(figsize=(12, height * len(rows)), layout="constrained")
+def write_log(folder, name, log):
+    """<name>_train_logs.csv, a row per epoch, and <name>_train_logs.png, its picture."""
+    rows = [list(row.values()) for row in log]
+    write_file(folder / f"{name}_train_logs.csv", lambda file: np.savetxt(
+        file, rows, "%.10g", ",", header=",".join(log[0]), comments=""))
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    axes = figure.subplot_mosaic([["loss", "acc"], ["table", "table"]], height_ratios=[4, 1])
+    for kind, unit in (("loss", ""), ("acc", " (%)")):
+        for split, colour, style in (("train", BLUE, "--"), ("test", ORANGE, "-")):
+            axes[kind].plot([row["epoch"] for row in log], [row[f"{split}_{kind}"] for row in log],
+                            style, color=colour, marker=".", label=split)
+        axes[kind].set(title=f"{name}: {kind}{unit}", xlabel="epoch")
+        axes[kind].legend()
+    axes["table"].axis("off")
+    axes["table"].table([[f"{value:.5g}" for value in row] for row in rows[-5:]],
+                        colLabels=list(log[0]), loc="center")
+    write_file(folder / f"{name}_train_logs.png", figure.savefig)
+
+
+def read_log(folder, name):
+    path = folder / f"{name}_train_logs.csv"
+    return np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
+
+
+def write_images(path, title, rows):
+    """A row is (heading, panels), a panel (image, caption) or, for soft targets, (None, logits)."""
+    figure = Figure(figsize=(12, 3 * len(rows)), layout="constrained")
     figure.suptitle(title, fontsize=14)
     for part, (heading, panels) in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows):
         part.suptitle(heading)
-        for axes, draw in zip(part.subplots(1, max(1, len(panels)), squeeze=False)[0], panels):
-            draw(axes)
+        for axes, (image, text) in zip(part.subplots(1, len(panels) or 1, squeeze=False)[0], panels):
+            if image is not None:
+                axes.imshow(image.permute(1, 2, 0))
+                axes.set_title(text, fontsize=9)
+                axes.axis("off")
+                continue
+            for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
+                axes.bar(np.arange(10) + shift, (text / t).softmax(0), 0.4, color=colour,
+                         label=f"T = {t}")
+            axes.set_xticks(range(10), CLASSES, rotation=90)
+            axes.legend()
     write_file(path, figure.savefig)
 
 
-def draw_curves(log, kind, axes):
-    for split, colour, line in (("train", BLUE, "--"), ("test", ORANGE, "-")):
-        axes.plot([row["epoch"] for row in log], [row[f"{split}_{kind}"] for row in log], line,
-                  color=colour, marker=".", label=split)
-    axes.set(xlabel="epoch", ylabel={"loss": "loss", "acc": "accuracy (%)"}[kind])
-    axes.legend()
+def write_confusion(path, labels, answers):
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    figure.suptitle("Of 100 images of a class (row), how many are taken for which (column)?")
+    for axes, (name, answer) in zip(figure.subplots(1, 2), answers.items()):
+        counts = torch.bincount(10 * labels + answer, minlength=100).view(10, 10)
+        percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
+        for (row, column), value in np.ndenumerate(percent.numpy()):
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center",
+                      color="black" if value > 50 else "white")
+        axes.set_title(name)
+        axes.set_xticks(range(10), CLASSES, rotation=90)
+        axes.set_yticks(range(10), [f"{c} {p:.1f} %" for c, p in zip(CLASSES, percent.diagonal())])
+    write_file(path, figure.savefig)
 
 
-def draw_table(log, axes):
-    axes.axis("off")
-    axes.table([[f"{value:.5g}" for value in row.values()] for row in log[-5:]],
-               colLabels=list(log[0]), loc="center")
-
-
-def write_log(folder, name, log):
-    """<name>_train_logs.csv, a row per epoch, and <name>_train_logs.png."""
-    lines = [log[0].keys(), *(row.values() for row in log)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    write_file(folder / f"{name}_train_logs.csv", lambda file: file.write(text.encode()))
-    write_picture(folder / f"{name}_train_logs.png", name,
-                  ("", [partial(draw_curves, log, "loss"), partial(draw_curves, log, "acc")]),
-                  ("The last epochs", [partial(draw_table, log)]))
-
-
-def draw_image(image, caption, axes):
-    axes.imshow(image.permute(1, 2, 0))
-    axes.set_title(caption, fontsize=9)
-    axes.axis("off")
-
-
-def draw_soft_targets(logits, axes):
-    for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
-        axes.bar(np.arange(10) + shift, (logits / t).softmax(0), 0.4, color=colour, label=f"T = {t}")
-    axes.set_xticks(range(10), CLASSES, rotation=90)
-    axes.legend()
-
-
-def draw_confusion(labels, answers, name, axes):
-    counts = torch.bincount(10 * labels + answers, minlength=100).view(10, 10)
-    percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
-    axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
-    for (row, column), value in np.ndenumerate(percent.numpy()):
-        axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8,
-                  color="black" if value > 50 else "white")
-    axes.set_title(f"{name}: {100 * (answers == labels).float().mean():.2f} % right")
-    axes.set_xticks(range(10), CLASSES, rotation=90)
-    axes.set_yticks(range(10), [f"{c} {p:.1f} %" for c, p in zip(CLASSES, percent.diagonal())])
-
-
-# === 8. Evaluation: what is on disk, on the test images ==========================================
 def evaluate(args, data):
-    """Leaves summary.json, summary.md and three pictures in the results folder."""
-    folder, device, images, labels = args.results_dir, data[2].device, data[2].cpu(), data[3].cpu()
-    n, rows, logits, answers, sure = len(labels), {}, {}, {}, {}
+    """Test what is on disk; leaves summary.json, summary.md and three pictures beside it."""
+    folder, images, labels, n = args.results_dir, data[2].cpu(), data[3].cpu(), len(data[3])
+    rows, logits, sure, answers, right = {}, {}, {}, {}, {}
     for name in STAGES.values():
-        model = trained(name, args).to(device, memory_format=layout(device))
-        speeds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            logits[name] = predict(model, data[2][:5000]).cpu()  # waits for the device
-            speeds.append(len(logits[name]) / (time.perf_counter() - start))
+        model, batch = trained(name, args), data[2][:1000]
+        seconds = timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5)
         logits[name] = predict(model, data[2]).cpu()
         sure[name], answers[name] = logits[name].softmax(1).max(1)
-        right = (answers[name] == labels).float()
+        right[name] = answers[name] == labels
         # Expected calibration error: how far confidence is from accuracy, in 15 equal bins.
         bins = (sure[name] * 15).long().clamp(max=14)
-        gaps = torch.zeros(15).index_add(0, bins, right - sure[name]).abs()
-        log = np.genfromtxt(folder / f"{name}_train_logs.csv", delimiter=",", names=True, ndmin=1)
+        gaps = torch.zeros(15).index_add(0, bins, right[name].float() - sure[name]).abs()
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
-        p = right.mean().item()
+        share, log = right[name].float().mean().item(), read_log(folder, name)
         rows[name] = {
-            "train_acc": log["train_acc"][-1], "test_acc": 100 * p,
-            "plus_minus": 100 * (p * (1 - p) / n) ** 0.5, "change": 100 * p,
+            "train_acc": log["train_acc"][-1], "test_acc": 100 * share,
+            "sampling_error": 100 * (share * (1 - share) / n) ** 0.5, "change": 0.0,
             "test_loss": F.cross_entropy(logits[name], labels).item(), "params": params,
             "params_torchsummary": params + 3 * skip,  # it counts the skip convolution four times
             "file_bytes": (folder / f"{name}.pt").stat().st_size, "epochs": len(log),
-            "seconds_per_epoch": np.median(log["seconds"]), "images_per_second": np.median(speeds),
-            "ece": gaps.sum().item() / n,
+            "seconds_per_epoch": np.median(log["seconds"]),
+            "images_per_second": len(batch) / np.median(seconds), "ece": gaps.sum().item() / n,
             "agreement": (answers[name] == answers["teacher"]).float().mean().item()}
     for row in rows.values():
         row["change"] = row["test_acc"] - rows["student"]["test_acc"]
-
-    def gain(after, before):  # in points, ± the standard error of the paired difference
-        change = 100.0 * ((answers[after] == labels).int() - (answers[before] == labels).int())
-        return f"{change.mean():+.2f} ± {change.std() / n**0.5:.2f} points"
-
-    verdict = (f"from the teacher = distilled − control = {gain('dist_student', 'control')}, "
-               f"from longer training = control − student = {gain('control', 'student')}")
-    table = [["", *rows["teacher"]], ["---"] * 14]
-    table += [[name, *(f"{value:,.6g}" for value in row.values())] for name, row in rows.items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\n{verdict}\n"
+        row.update({key: round(value, 4) for key, value in row.items()})
+    test_acc = {name: row["test_acc"] for name, row in rows.items()}
+    verdict = (f"from the teacher = distilled − control = "
+               f"{test_acc['dist_student'] - test_acc['control']:+.2f} points, from longer training "
+               f"= control − student = {test_acc['control'] - test_acc['student']:+.2f} points")
+    lines = [["", *rows["teacher"]], ["---"] * 14]
+    lines += [[name, *(f"{value:,}" for value in row.values())] for name, row in rows.items()]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{verdict}\n"
     summary = json.dumps({"rows": rows, "verdict": verdict, "test_images": n}, indent=2)
     write_file(folder / "summary.json", lambda file: file.write(summary.encode()))
     write_file(folder / "summary.md", lambda file: file.write(text.encode()))
     print(text)
 
     def panels(indices, *names):
-        return [partial(draw_image, images[i], "\n".join([CLASSES[labels[i]].upper()] + [
-            f"{name}: {CLASSES[answers[name][i]]} {sure[name][i]:.0%}" for name in names]))
-            for i in indices]
+        return [(images[i], "\n".join([CLASSES[labels[i]].upper(), *(
+            f"{'✓' if right[name][i] else '✗'} {name}: {CLASSES[answers[name][i]]} "
+            f"{sure[name][i]:.0%}" for name in names)])) for i in indices]
 
-    shown = torch.linspace(0, n - 1, 12).long().tolist()  # sorted by class: from all of them
-    unsure = sorted(shown, key=lambda i: sure["teacher"][i])[:2]
-    soft = [panel for i in unsure for panel in (
-        *panels([i], "teacher"), partial(draw_soft_targets, logits["teacher"][i]))]
     three = "teacher", "student", "dist_student"
-    write_picture(folder / "predictions.png", "The class of an image, and what three networks see",
-                  ("", panels(shown[:6], *three)), ("", panels(shown[6:], *three)),
-                  ("Soft targets of the two that the teacher is least sure of", soft))
-    was, now = (answers[name] == labels for name in three[1:])
-    by_confidence = sure["dist_student"].argsort(descending=True)
-    write_picture(folder / "misclassified.png", "Where the distilled student is wrong", *(
-        (f"{heading}: {chosen.sum()} of {n} images, the most confident answers first",
-         panels(by_confidence[chosen[by_confidence]][:6], *three[1:])) for heading, chosen in (
-            ("Wrong after distillation", ~now), ("Mended by distillation", now & ~was),
-            ("Introduced by distillation", was & ~now))))
-    write_picture(folder / "confusion_matrix.png", "Of 100 images of a class (row), how many are "
-                  "taken for which (column)", ("", [partial(draw_confusion, labels, answers[name],
-                                                            name) for name in three[1:]]), height=6)
+    shown = torch.linspace(0, n - 1, 12).long().tolist()  # they are sorted by class: some of each
+    soft = [panel for i in sorted(shown, key=lambda i: sure["teacher"][i])[:2]
+            for panel in (*panels([i], "teacher"), (None, logits["teacher"][i]))]
+    write_images(folder / "predictions.png", "What the three networks answer, and how sure they are",
+                 [("", panels(shown[:6], *three)), ("", panels(shown[6:], *three)),
+                  ("Soft targets: what else the teacher sees where it is least sure", soft)])
+    was, now = right["student"], right["dist_student"]
+    surest = sure["dist_student"].argsort(descending=True)
+    write_images(folder / "misclassified.png", "What distillation mended, and what it did not", [
+        (f"{heading}: {chosen.sum()} of {n} test images, here the most confident answers",
+         panels(surest[chosen[surest]][:6], *three[1:])) for heading, chosen in (
+            ("The distilled student is wrong", ~now), ("Mended by distillation", now & ~was),
+            ("Introduced by distillation", was & ~now))])
+    write_confusion(folder / "confusion_matrix.png", labels,
+                    {name: answers[name] for name in three[1:]})
 
 
-# === 9. Command line =============================================================================
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise KDError(message, 2)
-
-
+# === 8. Command line =============================================================================
 def parse(argv):
-    """The options, each within its range; the device as torch.device."""
-    parser = Parser(description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The options, each within its range, and `command`, the command line that says the same."""
+    parser = argparse.ArgumentParser(prog="kd.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def refuse(message):  # argparse itself would print two lines and exit
+        raise KDError(f"{message} (python kd.py --help lists the options)", 2)
+
+    parser.error = refuse
     parser.add_argument("--stage", choices=["all", *STAGES, "evaluate"], required=True)
-    parser.add_argument("--recipe", choices=RECIPES, default="reference")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="reference")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--results-dir", type=Path, help="default: results/<recipe>")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    numbers = {"seed": (0, 0, 2**32 - 1, "seed of weights, order and augmentation"),
-               "holdout": (0, 0, 49_999, "training images kept out, to stand in for the test set"),
+    numbers = {"seed": (0, 0, 2**32 - 1, "of weights, order and augmentation"),
+               "holdout": (0, 0, 49_999, "training images kept out, to take the test set's place"),
                "limit": (50_000, 1, 50_000, "images per split, after a shuffle"), **SETTINGS}
     for name, (default, low, high, meaning) in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), metavar="N",
-                            help=f"{meaning}; {low:g} to {high:g}, default: {default:g}"
-                            + " or the recipe's" * (name in SETTINGS))
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="N", type=type(default),
+                            default=None if name in SETTINGS else default,
+                            help=f"{meaning}; {low:,} to {high:,}, default {default:,}")
     args = parser.parse_args(argv)
-    for name, (default, low, high, _) in numbers.items():
+    for name, (_, low, high, _) in numbers.items():
         value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # nan is refused too
-            raise KDError(f"--{name.replace('_', '-')} must be {low:g} to {high:g}, not {value}", 2)
-        if value is None and name not in SETTINGS:
-            setattr(args, name, default)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    name = next(filter(there.get, there)) if args.device == "auto" else args.device
-    if not there[name]:
-        raise KDError(f"PyTorch finds no device {name} here; --device auto takes what there is", 2)
-    args.device, args.results_dir = torch.device(name), args.results_dir or Path("results", args.recipe)
+        if value is not None and not low <= value <= high:  # nan is not
+            refuse(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
+    args.command = shlex.join(["python", "kd.py"] + [
+        word for name, value in vars(args).items() if value != parser.get_default(name)
+        for word in (f"--{name.replace('_', '-')}", str(value))])
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    name = args.device if args.device != "auto" else next(filter(found.get, found))
+    if not found[name]:
+        refuse(f"--device {name}: PyTorch finds none here")
+    args.device = torch.device(name)
+    args.results_dir = args.results_dir or Path("results", args.recipe)
     return args
 
 
 def prepare(args):
     """load_cifar10's four tensors on the device, after --holdout and --limit."""
     data = load_cifar10(args.data_dir)
-    train, test = data[:2], data[2:]
-    generator = torch.Generator().manual_seed(derived_seed(args.seed, 0))
+    if args.holdout >= len(data[1]):
+        raise KDError(f"--holdout {args.holdout} leaves none of {len(data[1])} training images", 2)
+    if args.holdout or args.limit < 50_000:
+        generator = torch.Generator().manual_seed(derived_seed(args.seed, 0))
+        order, test_order = (torch.randperm(len(t), generator=generator) for t in data[1::2])
+        data = data[0][order], data[1][order], data[2][test_order], data[3][test_order]
+    if n := args.holdout:
+        data = data[0][n:], data[1][n:], data[0][:n], data[1][:n]
+    return [t[:args.limit].to(args.device) for t in data]
 
-    def shuffled(split):
-        order = torch.randperm(len(split[1]), generator=generator)
-        return [part[order] for part in split]
 
-    if args.holdout:
-        if args.holdout >= len(train[1]):
-            raise KDError(f"--holdout {args.holdout} leaves no image of {len(train[1])}", 2)
-        train = shuffled(train)
-        train, test = [t[args.holdout:] for t in train], [t[:args.holdout] for t in train]
-    if args.limit < 50_000:
-        train, test = ([t[:args.limit] for t in shuffled(split)] for split in (train, test))
-    return [t.to(args.device) for t in (*train, *test)]
+def read_run(folder):
+    path = folder / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {"trainings": {}}
 
 
 def trained(name, args):
-    """The network `name` with the weights that its stage has left."""
-    path, model = args.results_dir / f"{name}.pt", TeacherModel() if name == "teacher" else StudentModel()
+    """The network `name`, on the device, with the weights that its stage left on disk."""
+    path, stage = args.results_dir / f"{name}.pt", dict(zip(STAGES.values(), STAGES))[name]
     if not path.exists():
-        stage = next(stage for stage in STAGES if STAGES[stage] == name)
-        raise KDError(f"{path} is missing; python kd.py --stage {stage} makes it "
-                      f"(--results-dir {args.results_dir})")
+        command = args.command.replace(f"--stage {args.stage}", f"--stage {stage}", 1)
+        raise KDError(f"{path} is missing; this makes it: {command}")
+    for key, value in read_run(args.results_dir)["trainings"].get(name, {}).items():
+        if key in ("recipe", "seed", "holdout", "limit") and value != getattr(args, key):
+            raise KDError(f"{path} comes from --{key} {value}, this is --{key} {getattr(args, key)}: "
+                          "give each run a --results-dir of its own")
+    model = (TeacherModel if name == "teacher" else StudentModel)()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model
+    return model.to(args.device, memory_format=layout(args.device))
 
 
 def train(stage, args, data):
-    """One training, from what is on disk to what it leaves there."""
-    name, path = STAGES[stage], args.results_dir / "run.json"
-    run = json.loads(path.read_text()) if path.exists() else {}
-    defaults = {key: values[0] for key, values in SETTINGS.items()}
+    """One training: from what it needs on disk to what it leaves there."""
+    name, run, folder = STAGES[stage], read_run(args.results_dir), args.results_dir
+    settings = {key: default for key, (default, *_) in SETTINGS.items()}
     given = {key: getattr(args, key) for key in SETTINGS if getattr(args, key) is not None}
-    if stage == "control":
+    if stage != "control":
+        settings |= RECIPES[args.recipe][name] | given
+    elif given and args.stage == "control":
+        raise KDError(f"the control takes the distilled student's settings: drop --{min(given)}", 2)
+    else:  # and as many epochs: with that much patience it does not stop early
         trained("dist_student", args)
-        log = np.genfromtxt(args.results_dir / "dist_student_train_logs.csv", delimiter=",", names=True, ndmin=1)
-        settings = {**run["dist_student"]["settings"], "alpha": 1.0, "epochs": len(log), "patience": len(log)}
-    else:
-        settings = {**defaults, **RECIPES[args.recipe][name], **given}
+        epochs = len(read_log(folder, "dist_student"))
+        settings |= run["trainings"]["dist_student"]["settings"]
+        settings |= {"alpha": 1.0, "epochs": epochs, "patience": epochs}
     kind = TeacherModel if stage == "teacher" else StudentModel
-    with torch.random.fork_rng(devices=[]):  # torchsummary sends noise through the network
-        torchsummary.summary(kind(), (3, 32, 32), device="cpu")
     start = settings.get("starts_from")
     model = trained(start, args) if start else new_network(kind, args.seed)
-    fit(name, model, data, settings, args.seed, args.results_dir, trained("teacher", args) if stage == "distill" else None)
-    run[name] = {"settings": settings}
-    write_file(path, lambda file: file.write(json.dumps(run, indent=2).encode()))
+    model.to(args.device, memory_format=layout(args.device))
+    teacher = trained("teacher", args) if stage == "distill" else None
+    with torch.random.fork_rng(devices=[]):  # torchsummary sends noise through a network, which
+        torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # moves its BatchNorm: a spare one
+    fit(name, model, data, settings, args.seed, folder, teacher)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()]
+    cuda = args.device.type == "cuda"
+    run |= {"command": args.command, "recipe": args.recipe, "seed": args.seed,
+            "holdout": args.holdout, "limit": args.limit, "device": args.device.type,
+            "hardware": torch.cuda.get_device_name() if cuda else f"{len(cpu)} × {cpu[0]}",
+            "bf16": has_bf16(args.device), "python": platform.python_version(),
+            "torch": torch.__version__, "torchvision": torchvision.__version__}
+    run["trainings"][name] = {**run, "settings": settings}
+    del run["trainings"][name]["trainings"]
+    write_file(folder / "run.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
 
 
 def main(argv=None):
-    """Run what the command line asks for; returns the exit code."""
+    """Do what the command line asks for. Returns the exit code: 0, 2 for wrong options, else 1."""
     try:
         args = parse(argv)
-        if platform.libc_ver()[0] == "glibc":  # keep freed memory instead of mapping it anew
+        if platform.libc_ver()[0] == "glibc":  # keep freed memory: page faults cost a third
             libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)           # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)   # M_TRIM_THRESHOLD
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         data = prepare(args)
         for stage in [*STAGES, "evaluate"] if args.stage == "all" else [args.stage]:
-            if stage == "evaluate":
-                evaluate(args, data)
-            else:
-                train(stage, args, data)
+            evaluate(args, data) if stage == "evaluate" else train(stage, args, data)
+        return 0
     except KDError as error:
         message, code = (*error.args, 1)[:2]
         print(f"kd.py: {message}", file=sys.stderr)
         return code
-    return 0
 
 
 if __name__ == "__main__":
