@@ -16,16 +16,7 @@ from the same student: same optimizer, same images in the same order, as many ep
 
 Weights, logs, pictures and the table of results are left in results/reference (or runs/tour).
 """
-import argparse
-import ctypes
-import json
-import os
-import platform
-import re
-import shlex
-import sys
-import time
-import timeit
+import argparse, ctypes, json, os, platform, re, shlex, sys, time, timeit
 from functools import cache
 from pathlib import Path
 
@@ -67,29 +58,24 @@ STAGES = {"teacher": "teacher", "student": "student", "distill": "dist_student",
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
 
-
 class KDError(Exception):
     """KDError(what is wrong and what to do, in one line; the exit code, 1 if left out)."""
-
 
 # === 2. Two networks: one design, two widths =====================================================
 def conv_relu_bn(c_in, c_out):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1, bias=False),
                          nn.ReLU(inplace=True), nn.BatchNorm2d(c_out))
 
-
 def block(c_in, c_out):
     """(N, c_in, H, W) → (N, c_out, H/2, W/2)."""
     return nn.Sequential(conv_relu_bn(c_in, c_out), *[conv_relu_bn(c_out, c_out) for _ in range(3)],
                          nn.MaxPool2d(2), nn.Conv2d(c_out, c_out, 1, bias=False))
-
 
 def separable(c_in, c_out):
     """A depthwise 3×3 convolution, then a 1×1 that mixes the channels; H and W stay."""
     return nn.Sequential(nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False),
                          nn.ReLU(inplace=True), nn.Conv2d(c_in, c_out, 1, bias=False),
                          nn.ReLU(inplace=True), nn.BatchNorm2d(c_out))
-
 
 class Network(nn.Module):
     """Normalised images, float (N, 3, 32, 32) → logits (N, 10).
@@ -114,26 +100,21 @@ class Network(nn.Module):
             skip = self.skip(skip)
         return self.head(self.block3(self.block2(self.block1[1:](x) + skip)))
 
-
 def TeacherModel():
     return Network(c2=64, c3=128)
-
 
 def StudentModel():
     return Network(c2=32, c3=64)
 
-
 def derived_seed(seed, *purpose):
     """A 32-bit seed for one purpose (integers): no two purposes share their random numbers."""
     return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])
-
 
 def new_network(kind, seed):
     """A TeacherModel or StudentModel; its initial weights follow from seed and kind alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(seed, *kind.__name__.encode()))
         return kind()
-
 
 # === 3. Data: the images live on the training device, as bytes ===================================
 # All of CIFAR-10 is 184 MB. With the images in place, a batch costs three operations on the whole
@@ -165,7 +146,6 @@ def load_cifar10(data_dir):
         tensors += [torch.stack(images), torch.tensor(labels)]
     return tuple(tensors)
 
-
 def affine(images, angles, shears):
     """Rotate and x-shear each image by its own angles: nearest neighbour, black outside.
 
@@ -186,28 +166,23 @@ def affine(images, angles, shears):
     grid = torch.stack([a * x + b * y, c * x + d * y], dim=-1)                 # (N, S, S, 2)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
-
 def draw_affine(n, degrees, shear, generator):
     """n angles and n shears, float32 (n,), uniform in ±degrees and ±shear, from a CPU generator."""
     angles, shears = torch.rand(2, n, generator=generator) * 2 - 1
     return angles * degrees, shears * shear
-
 
 def random_affine(images, degrees, shear, generator):
     """`affine` with one draw per image; the generator lives on the CPU, wherever the images do."""
     draws = draw_affine(len(images), degrees, shear, generator)
     return affine(images, *(draw.to(images.device) for draw in draws))
 
-
 def layout(device):  # channels last is faster; on MPS it makes BatchNorm's gradients wrong
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
-
 
 def normalise(images):
     """Images, 0–255 → network input, float32 (N, 3, 32, 32)."""
     inputs = TF.normalize(images / 255, MEAN, STD, inplace=True)
     return inputs.contiguous(memory_format=layout(images.device))
-
 
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
@@ -221,7 +196,6 @@ def training_batches(images, labels, settings, seed, epoch):
     chunks = [t.to(images.device).split(settings["batch_size"]) for t in (order, *draws)]
     for index, angles, shears in zip(*chunks):
         yield normalise(affine(images[index], angles, shears)), labels[index]
-
 
 # === 4. The loss: what this file is about ========================================================
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha):
@@ -251,7 +225,6 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     loss_soft = temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     return alpha * loss_hard + (1 - alpha) * loss_soft
 
-
 # === 5. Early stopping ===========================================================================
 class EarlyStopping:
     """Called with each epoch's mean training loss; True once it has come to rest: it has changed by
@@ -267,27 +240,26 @@ class EarlyStopping:
         self.previous = loss
         return self.in_a_row >= self.patience
 
-
 # === 6. Training: one loop for all four ==========================================================
 @cache
-def has_bf16(device):  # a CPU without the instructions emulates them, at a crawl
+def cpuinfo():
+    return Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+
+def has_bf16(device):
+    """Whether bf16 is fast here: a CPU without the instructions emulates them, at a crawl."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    return device.type == "cpu" and cpuinfo.exists() and "bf16" in cpuinfo.read_text()
-
+    return device.type == "cpu" and "bf16" in cpuinfo()
 
 def logits_of(model, inputs):
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bf16(inputs.device)):
         return model(inputs).float()
-
 
 @torch.no_grad()
 def predict(model, images):
     """Logits, float32 (N, 10), of images as bytes: in eval mode, not augmented."""
     model.eval()
     return torch.cat([logits_of(model, normalise(batch)) for batch in images.split(2000)])
-
 
 def write_file(path, save):
     """`save(file)` fills a temporary file, which then takes its place: whole or not at all."""
@@ -299,11 +271,11 @@ def write_file(path, save):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-
 def fit(name, model, data, settings, seed, folder, teacher=None):
     """Train the model, with a teacher if there is one; leaves its weights and log in `folder`."""
     train_images, train_labels, test_images, test_labels = data
     n, device = len(train_images), train_images.device
+    model.to(device, memory_format=layout(device))
     if teacher is not None:
         teacher.eval().requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), settings["lr"], settings["momentum"],
@@ -351,10 +323,8 @@ def fit(name, model, data, settings, seed, folder, teacher=None):
     write_file(folder / f"{name}.pt", lambda file: torch.save(weights, file))
     return log
 
-
 # === 7. Evaluation: the table and the pictures ===================================================
 BLUE, ORANGE = "#0072B2", "#D55E00"  # colour-blind readers tell them apart (Okabe & Ito)
-
 
 def write_log(folder, name, log):
     """<name>_train_logs.csv, a row per epoch, and <name>_train_logs.png, its picture."""
@@ -363,22 +333,21 @@ def write_log(folder, name, log):
         file, rows, "%.10g", ",", header=",".join(log[0]), comments=""))
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "acc"], ["table", "table"]], height_ratios=[4, 1])
-    for kind, unit in (("loss", ""), ("acc", " (%)")):
+    for kind in ("loss", "acc"):
         for split, colour, style in (("train", BLUE, "--"), ("test", ORANGE, "-")):
             axes[kind].plot([row["epoch"] for row in log], [row[f"{split}_{kind}"] for row in log],
                             style, color=colour, marker=".", label=split)
-        axes[kind].set(title=f"{name}: {kind}{unit}", xlabel="epoch")
+        axes[kind].set(title=f"{name}: {kind}", xlabel="epoch")
         axes[kind].legend()
     axes["table"].axis("off")
     axes["table"].table([[f"{value:.5g}" for value in row] for row in rows[-5:]],
                         colLabels=list(log[0]), loc="center")
     write_file(folder / f"{name}_train_logs.png", figure.savefig)
 
-
 def read_log(folder, name):
+    """The CSV as a numpy array with a field per column."""
     path = folder / f"{name}_train_logs.csv"
     return np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
-
 
 def write_images(path, title, rows):
     """A row is (heading, panels), a panel (image, caption) or, for soft targets, (None, logits)."""
@@ -393,21 +362,20 @@ def write_images(path, title, rows):
                 axes.axis("off")
                 continue
             for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
-                axes.bar(np.arange(10) + shift, (text / t).softmax(0), 0.4, color=colour,
+                axes.bar(np.arange(10) + shift, (text / t).softmax(0).numpy(), 0.4, color=colour,
                          label=f"T = {t}")
             axes.set_xticks(range(10), CLASSES, rotation=90)
             axes.legend()
     write_file(path, figure.savefig)
 
-
 def write_confusion(path, labels, answers):
     figure = Figure(figsize=(12, 6), layout="constrained")
     figure.suptitle("Of 100 images of a class (row), how many are taken for which (column)?")
     for axes, (name, answer) in zip(figure.subplots(1, 2), answers.items()):
-        counts = torch.bincount(10 * labels + answer, minlength=100).view(10, 10)
-        percent = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        counts = np.histogram2d(labels, answer, bins=range(11))[0]
+        percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
-        for (row, column), value in np.ndenumerate(percent.numpy()):
+        for (row, column), value in np.ndenumerate(percent):
             axes.text(column, row, f"{value:.0f}", ha="center", va="center",
                       color="black" if value > 50 else "white")
         axes.set_title(name)
@@ -415,14 +383,13 @@ def write_confusion(path, labels, answers):
         axes.set_yticks(range(10), [f"{c} {p:.1f} %" for c, p in zip(CLASSES, percent.diagonal())])
     write_file(path, figure.savefig)
 
-
 def evaluate(args, data):
     """Test what is on disk; leaves summary.json, summary.md and three pictures beside it."""
     folder, images, labels, n = args.results_dir, data[2].cpu(), data[3].cpu(), len(data[3])
     rows, logits, sure, answers, right = {}, {}, {}, {}, {}
     for name in STAGES.values():
-        model, batch = trained(name, args), data[2][:1000]
-        seconds = timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5)
+        model, batch, log = trained(name, args), data[2][:1000], read_log(folder, name)
+        seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
         logits[name] = predict(model, data[2]).cpu()
         sure[name], answers[name] = logits[name].softmax(1).max(1)
         right[name] = answers[name] == labels
@@ -430,23 +397,22 @@ def evaluate(args, data):
         bins = (sure[name] * 15).long().clamp(max=14)
         gaps = torch.zeros(15).index_add(0, bins, right[name].float() - sure[name]).abs()
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
-        share, log = right[name].float().mean().item(), read_log(folder, name)
+        share = right[name].float().mean().item()
         rows[name] = {
             "train_acc": log["train_acc"][-1], "test_acc": 100 * share,
-            "sampling_error": 100 * (share * (1 - share) / n) ** 0.5, "change": 0.0,
+            "sampling_error": 100 * (share * (1 - share) / n) ** 0.5, "change": 100 * share,
             "test_loss": F.cross_entropy(logits[name], labels).item(), "params": params,
             "params_torchsummary": params + 3 * skip,  # it counts the skip convolution four times
             "file_bytes": (folder / f"{name}.pt").stat().st_size, "epochs": len(log),
             "seconds_per_epoch": np.median(log["seconds"]),
-            "images_per_second": len(batch) / np.median(seconds), "ece": gaps.sum().item() / n,
+            "images_per_second": len(batch) / seconds, "ece": gaps.sum().item() / n,
             "agreement": (answers[name] == answers["teacher"]).float().mean().item()}
+    teacher, student, distilled, control = (row["test_acc"] for row in rows.values())
     for row in rows.values():
-        row["change"] = row["test_acc"] - rows["student"]["test_acc"]
+        row["change"] -= student
         row.update({key: round(value, 4) for key, value in row.items()})
-    test_acc = {name: row["test_acc"] for name, row in rows.items()}
-    verdict = (f"from the teacher = distilled − control = "
-               f"{test_acc['dist_student'] - test_acc['control']:+.2f} points, from longer training "
-               f"= control − student = {test_acc['control'] - test_acc['student']:+.2f} points")
+    verdict = (f"from the teacher = distilled − control = {distilled - control:+.2f} points, "
+               f"from longer training = control − student = {control - student:+.2f} points")
     lines = [["", *rows["teacher"]], ["---"] * 14]
     lines += [[name, *(f"{value:,}" for value in row.values())] for name, row in rows.items()]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{verdict}\n"
@@ -461,14 +427,13 @@ def evaluate(args, data):
             f"{sure[name][i]:.0%}" for name in names)])) for i in indices]
 
     three = "teacher", "student", "dist_student"
-    shown = torch.linspace(0, n - 1, 12).long().tolist()  # they are sorted by class: some of each
+    shown = torch.linspace(0, n - 1, 12).long().tolist()  # sorted by class, so some of each
     soft = [panel for i in sorted(shown, key=lambda i: sure["teacher"][i])[:2]
             for panel in (*panels([i], "teacher"), (None, logits["teacher"][i]))]
     write_images(folder / "predictions.png", "What the three networks answer, and how sure they are",
                  [("", panels(shown[:6], *three)), ("", panels(shown[6:], *three)),
                   ("Soft targets: what else the teacher sees where it is least sure", soft)])
-    was, now = right["student"], right["dist_student"]
-    surest = sure["dist_student"].argsort(descending=True)
+    was, now, surest = right["student"], right["dist_student"], (-sure["dist_student"]).argsort()
     write_images(folder / "misclassified.png", "What distillation mended, and what it did not", [
         (f"{heading}: {chosen.sum()} of {n} test images, here the most confident answers",
          panels(surest[chosen[surest]][:6], *three[1:])) for heading, chosen in (
@@ -476,7 +441,6 @@ def evaluate(args, data):
             ("Introduced by distillation", was & ~now))])
     write_confusion(folder / "confusion_matrix.png", labels,
                     {name: answers[name] for name in three[1:]})
-
 
 # === 8. Command line =============================================================================
 def parse(argv):
@@ -502,8 +466,7 @@ def parse(argv):
                             help=f"{meaning}; {low:,} to {high:,}, default {default:,}")
     args = parser.parse_args(argv)
     for name, (_, low, high, _) in numbers.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:  # nan is not
+        if (value := getattr(args, name)) is not None and not low <= value <= high:  # or nan
             refuse(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
     args.command = shlex.join(["python", "kd.py"] + [
         word for name, value in vars(args).items() if value != parser.get_default(name)
@@ -515,7 +478,6 @@ def parse(argv):
     args.device = torch.device(name)
     args.results_dir = args.results_dir or Path("results", args.recipe)
     return args
-
 
 def prepare(args):
     """load_cifar10's four tensors on the device, after --holdout and --limit."""
@@ -530,11 +492,9 @@ def prepare(args):
         data = data[0][n:], data[1][n:], data[0][:n], data[1][:n]
     return [t[:args.limit].to(args.device) for t in data]
 
-
 def read_run(folder):
-    path = folder / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {"trainings": {}}
-
+    """run.json: how each training was made."""
+    return json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
 
 def trained(name, args):
     """The network `name`, on the device, with the weights that its stage left on disk."""
@@ -542,49 +502,41 @@ def trained(name, args):
     if not path.exists():
         command = args.command.replace(f"--stage {args.stage}", f"--stage {stage}", 1)
         raise KDError(f"{path} is missing; this makes it: {command}")
-    for key, value in read_run(args.results_dir)["trainings"].get(name, {}).items():
+    for key, value in read_run(args.results_dir).get(name, {}).items():
         if key in ("recipe", "seed", "holdout", "limit") and value != getattr(args, key):
-            raise KDError(f"{path} comes from --{key} {value}, this is --{key} {getattr(args, key)}: "
+            raise KDError(f"{path} was made with --{key} {value}, not {getattr(args, key)}: "
                           "give each run a --results-dir of its own")
     model = (TeacherModel if name == "teacher" else StudentModel)()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.to(args.device, memory_format=layout(args.device))
 
-
 def train(stage, args, data):
     """One training: from what it needs on disk to what it leaves there."""
-    name, run, folder = STAGES[stage], read_run(args.results_dir), args.results_dir
-    settings = {key: default for key, (default, *_) in SETTINGS.items()}
+    name, folder, run = STAGES[stage], args.results_dir, read_run(args.results_dir)
     given = {key: getattr(args, key) for key in SETTINGS if getattr(args, key) is not None}
-    if stage != "control":
-        settings |= RECIPES[args.recipe][name] | given
-    elif given and args.stage == "control":
-        raise KDError(f"the control takes the distilled student's settings: drop --{min(given)}", 2)
-    else:  # and as many epochs: with that much patience it does not stop early
+    if stage == "control":  # the distilled student's training, but for the teacher
+        if given and args.stage == "control":
+            raise KDError(f"the control takes the distilled student's settings, not --{min(given)}", 2)
         trained("dist_student", args)
-        epochs = len(read_log(folder, "dist_student"))
-        settings |= run["trainings"]["dist_student"]["settings"]
-        settings |= {"alpha": 1.0, "epochs": epochs, "patience": epochs}
-    kind = TeacherModel if stage == "teacher" else StudentModel
-    start = settings.get("starts_from")
+        n = len(read_log(folder, "dist_student"))  # as many epochs: its patience does not end before
+        settings = {**run["dist_student"]["settings"], "alpha": 1.0, "epochs": n, "patience": n}
+    else:
+        settings = {key: default for key, (default, *_) in SETTINGS.items()}
+        settings |= RECIPES[args.recipe][name] | given
+    kind, start = TeacherModel if stage == "teacher" else StudentModel, settings.get("starts_from")
     model = trained(start, args) if start else new_network(kind, args.seed)
-    model.to(args.device, memory_format=layout(args.device))
     teacher = trained("teacher", args) if stage == "distill" else None
     with torch.random.fork_rng(devices=[]):  # torchsummary sends noise through a network, which
         torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # moves its BatchNorm: a spare one
     fit(name, model, data, settings, args.seed, folder, teacher)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()]
-    cuda = args.device.type == "cuda"
-    run |= {"command": args.command, "recipe": args.recipe, "seed": args.seed,
-            "holdout": args.holdout, "limit": args.limit, "device": args.device.type,
-            "hardware": torch.cuda.get_device_name() if cuda else f"{len(cpu)} × {cpu[0]}",
-            "bf16": has_bf16(args.device), "python": platform.python_version(),
-            "torch": torch.__version__, "torchvision": torchvision.__version__}
-    run["trainings"][name] = {**run, "settings": settings}
-    del run["trainings"][name]["trainings"]
+    cpu = re.findall(r"model name\s*: (.*)", cpuinfo()) or [platform.processor()]
+    run[name] = {
+        "command": args.command, "recipe": args.recipe, "seed": args.seed, "holdout": args.holdout,
+        "limit": args.limit, "settings": settings, "device": args.device.type,
+        "hardware": torch.cuda.get_device_name() if data[0].is_cuda else f"{len(cpu)} × {cpu[0]}",
+        "bf16": has_bf16(args.device), "python": platform.python_version(),
+        "torch": torch.__version__, "torchvision": torchvision.__version__}
     write_file(folder / "run.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
-
 
 def main(argv=None):
     """Do what the command line asks for. Returns the exit code: 0, 2 for wrong options, else 1."""
@@ -602,7 +554,6 @@ def main(argv=None):
         message, code = (*error.args, 1)[:2]
         print(f"kd.py: {message}", file=sys.stderr)
         return code
-
 
 if __name__ == "__main__":
     sys.exit(main())

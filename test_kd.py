@@ -1,0 +1,639 @@
+"""Tests of kd.py, offline: against torchvision, float64 arithmetic and hand-made cases."""
+import copy
+import csv
+import hashlib
+import json
+import math
+import pickle
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchsummary
+import torchvision
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TVF
+
+import kd
+
+CPU = torch.device("cpu")
+PER_CLASS = {"train": 24, "test": 8}
+
+
+def shape_image(rng, label):
+    """A square in its class's colour, somewhere on dark noise: uint8 (32, 32, 3)."""
+    image = rng.integers(0, 60, (32, 32, 3))
+    x, y = rng.integers(3, 13, 2)
+    colour = np.array([label % 3, label // 3 % 3, label // 9 * 2]) * 90 + 60
+    image[y:y + 16, x:x + 16] = colour + rng.integers(-15, 15, (16, 16, 3))
+    return image.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A learnable image-folder set in CIFAR-10's ten classes."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, n in PER_CLASS.items():
+        for label, name in enumerate(kd.CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(shape_image(rng, label)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def data(data_dir):
+    return kd.load_cifar10(data_dir)
+
+
+def settings(**changed):
+    return {**{key: default for key, (default, *_) in kd.SETTINGS.items()}, **changed}
+
+
+def run(*options):
+    return kd.main([str(option) for option in options])
+
+
+@pytest.fixture(scope="session")
+def finished(data_dir, tmp_path_factory):
+    """The results folder of `--stage all` on the small set."""
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    assert run("--stage", "all", "--data-dir", data_dir, "--results-dir", folder, "--device", "cpu",
+               "--epochs", 7, "--batch-size", 16, "--lr", 0.01) == 0
+    return folder
+
+
+def read_csv(folder, name):
+    with open(folder / f"{name}_train_logs.csv", newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+# --- the networks ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind, distinct, reported", [
+    (kd.TeacherModel, 722_752, 729_712), (kd.StudentModel, 223_232, 230_192)])
+def test_parameter_counts(kind, distinct, reported, capsys):
+    assert sum(p.numel() for p in kind().parameters()) == distinct
+    torchsummary.summary(kind(), (3, 32, 32), device="cpu")
+    assert f"Total params: {reported:,}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, c2, c3", [(kd.TeacherModel, 64, 128), (kd.StudentModel, 32, 64)])
+def test_every_layer_in_order_with_its_output_shape(kind, c2, c3):
+    def block(c, size):
+        return [("Conv2d", c, size), ("ReLU", c, size), ("BatchNorm2d", c, size)] * 4 + [
+            ("MaxPool2d", c, size // 2), ("Conv2d", c, size // 2)]
+
+    def separable(c_in, c_out):
+        return [("Conv2d", c_in, 4), ("ReLU", c_in, 4), ("Conv2d", c_out, 4), ("ReLU", c_out, 4),
+                ("BatchNorm2d", c_out, 4)]
+
+    skip = [("Conv2d", 16, size) for size in (28, 24, 20, 16)]
+    expected = (block(16, 32)[:3] + skip + block(16, 32)[3:] + block(c2, 16) + block(c3, 8)
+                + separable(c3, 128) + separable(128, 256)
+                + [("AvgPool2d", 256, 1), ("Conv2d", 10, 1), ("Flatten", 10, None)])
+    network, seen = kind().eval(), []
+    for module in network.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda m, _, out: seen.append(
+                (type(m).__name__, out.shape[1], out.shape[2] if out.ndim == 4 else None)))
+    logits = network(torch.zeros(5, 3, 32, 32))
+    assert sorted(map(str, seen)) == sorted(map(str, expected))
+    assert [s for s in seen if s not in skip] == [s for s in expected if s not in skip]
+    assert logits.shape == (5, 10) and logits.dtype == torch.float32
+
+
+def test_convolutions_are_the_assignment_s():
+    network = kd.TeacherModel()
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [c for c in convolutions if c.bias is not None] == [network.skip]
+    assert network.skip.dilation == (2, 2) and network.skip.padding == (0, 0)
+    assert [c.in_channels for c in convolutions if c.groups > 1] == [128, 128]
+    assert all(c.groups in (1, c.in_channels) for c in convolutions)
+
+
+def test_skip_path_is_added_to_block_1():
+    network, images = kd.StudentModel().eval(), torch.randn(2, 3, 32, 32)
+    first = network.block1[0](images)
+    skip = network.skip(network.skip(network.skip(network.skip(first))))
+    with_skip = network.head(network.block3(network.block2(network.block1(images) + skip)))
+    assert torch.equal(network(images), with_skip)
+    assert not torch.allclose(network(images), network.head(network.block3(network.block2(
+        network.block1(images)))))
+
+
+def test_initial_weights_follow_from_seed_and_network_alone():
+    first = kd.new_network(kd.StudentModel, 3).state_dict()
+    torch.manual_seed(99)
+    before = torch.get_rng_state()
+    again = kd.new_network(kd.StudentModel, 3).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    other = kd.new_network(kd.StudentModel, 4).state_dict()
+    assert not torch.equal(first["skip.weight"], other["skip.weight"])
+    teacher = kd.new_network(kd.TeacherModel, 3).state_dict()
+    assert not torch.equal(first["skip.weight"], teacher["skip.weight"])
+
+
+# --- the data -------------------------------------------------------------------------------------
+def test_each_loaded_image_equals_its_file(data_dir, data):
+    for split, images, labels in (("train", *data[:2]), ("test", *data[2:])):
+        assert images.dtype == torch.uint8 and images.shape == (10 * PER_CLASS[split], 3, 32, 32)
+        assert labels.dtype == torch.int64 and labels.shape == (len(images),)
+        loaded = sorted((int(label), image.numpy().tobytes()) for image, label in zip(images, labels))
+        files = sorted((label, np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes())
+                       for label, name in enumerate(kd.CLASSES)
+                       for path in (data_dir / split / name).iterdir())
+        assert loaded == files
+
+
+def test_torchvision_s_layout_gives_the_same_tensors(data, tmp_path, monkeypatch):
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+
+    def batch(name, content):
+        (base / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((base / name).read_bytes()).hexdigest()]
+
+    order = torch.randperm(len(data[0]), generator=torch.Generator().manual_seed(0))
+    cifar = torchvision.datasets.CIFAR10
+    for attribute, name, images, labels in (
+            ("train_list", "data_batch_1", data[0][order], data[1][order]),
+            ("test_list", "test_batch", data[2].flip(0), data[3].flip(0))):
+        monkeypatch.setattr(cifar, attribute, [batch(name, {
+            "data": images.numpy().reshape(len(images), -1), "labels": labels.tolist()})])
+    name, md5 = batch("batches.meta", {"label_names": list(kd.CLASSES)})
+    monkeypatch.setattr(cifar, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    assert all(torch.equal(a, b) for a, b in zip(kd.load_cifar10(tmp_path), data))
+
+
+def test_affine_equals_torchvision_pixel_for_pixel():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (520, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    angles, shears = kd.draw_affine(520, 10, 10, generator)
+    extremes = [(a, s) for a in (-10.0, 0.0, 10.0) for s in (-10.0, 0.0, 10.0)] + [
+        (90.0, 0.0), (-90.0, 0.0), (180.0, 0.0), (45.0, 0.0), (30.0, 40.0), (170.0, -60.0)]
+    angles[:len(extremes)], shears[:len(extremes)] = torch.tensor(extremes).T
+    ours = kd.affine(images, angles, shears)
+    theirs = torch.stack([TVF.affine(image, angle.item(), [0, 0], 1.0, [shear.item(), 0.0],
+                                     InterpolationMode.NEAREST, fill=0)
+                          for image, angle, shear in zip(images, angles, shears)])
+    assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+    assert torch.equal(ours, kd.affine(images.float(), angles, shears))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours, kd.affine(images, angles, shears))
+
+
+def test_random_affine_draws_for_each_image_within_the_range():
+    angles, shears = kd.draw_affine(20_000, 10, 7, torch.Generator().manual_seed(0))
+    for draws, limit in ((angles, 10), (shears, 7)):
+        assert draws.abs().max() <= limit and draws.min() < -0.99 * limit < 0.99 * limit < draws.max()
+        assert abs(draws.mean()) < 0.05 * limit
+        assert draws.std() == pytest.approx(2 * limit / math.sqrt(12), rel=0.02)  # uniform
+    image = torch.arange(3072, dtype=torch.float32).view(1, 3, 32, 32).expand(50, -1, -1, -1)
+    out = kd.random_affine(image, 10, 10, torch.Generator().manual_seed(5))
+    assert len({o.numpy().tobytes() for o in out}) == 50
+    assert torch.equal(out, kd.random_affine(image, 10, 10, torch.Generator().manual_seed(5)))
+
+
+def test_normalise_equals_torchvision(data):
+    images = data[0][:7]
+    expected = torchvision.transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))(
+        images.float() / 255)
+    out = kd.normalise(images)
+    torch.testing.assert_close(out, expected)
+    assert out.is_contiguous(memory_format=torch.channels_last) and out.dtype == torch.float32
+
+
+def test_an_epoch_shows_every_image_once_with_its_label(data):
+    images, labels = data[:2]
+    still = settings(batch_size=50, degrees=0.0, shear=0.0)
+    batches = list(kd.training_batches(images, labels, still, 0, 1))
+    assert [len(inputs) for inputs, _ in batches] == [50, 50, 50, 50, 40]
+
+    def pairs(inputs, targets):
+        return sorted((int(t), i.contiguous().numpy().tobytes()) for i, t in zip(inputs, targets))
+
+    inputs, targets = (torch.cat(part) for part in zip(*batches))
+    assert pairs(inputs, targets) == pairs(kd.normalise(images), labels)
+    assert not torch.equal(targets, labels)
+
+
+def test_an_epoch_s_randomness_follows_from_seed_and_epoch_alone(data):
+    def first(seed, epoch):
+        return next(iter(kd.training_batches(*data[:2], settings(batch_size=32), seed, epoch)))[0]
+
+    reference = first(0, 3)
+    torch.rand(1000)
+    assert torch.equal(reference, first(0, 3))
+    assert not torch.equal(reference, first(0, 4)) and not torch.equal(reference, first(1, 3))
+    assert not torch.equal(first(1, 0), first(0, 1))
+
+
+# --- the loss -------------------------------------------------------------------------------------
+def random_logits(n=6, scale=4.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = scale * torch.randn(2, n, 10, dtype=torch.float64, generator=generator)
+    return student, teacher, torch.randint(0, 10, (n,), generator=generator)
+
+
+def by_hand(student, teacher, targets, t, alpha):
+    """The formula in Python floats, image by image and class by class."""
+    total = 0.0
+    for z, v, target in zip(student.tolist(), teacher.tolist(), targets.tolist()):
+        def softmax(x, t):
+            e = [math.exp((xi - max(x)) / t) for xi in x]
+            return [ei / sum(e) for ei in e]
+        hard = -math.log(softmax(z, 1)[target])
+        soft = sum(p * (math.log(p) - math.log(q)) for p, q in zip(softmax(v, t), softmax(z, t)))
+        total += alpha * hard + (1 - alpha) * t * t * soft
+    return total / len(student)
+
+
+@pytest.mark.parametrize("t", [1, 2.5, 5, 20])
+@pytest.mark.parametrize("alpha", [0, 0.3, 1])
+def test_loss_equals_float64_arithmetic(t, alpha):
+    student, teacher, targets = random_logits()
+    loss = kd.distillation_loss(student, teacher, targets, t, alpha)
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(by_hand(student, teacher, targets, t, alpha), rel=2e-5)
+
+
+def test_loss_is_computed_in_float32_whatever_the_logits_are():
+    student, teacher, targets = random_logits()
+    for dtype in (torch.bfloat16, torch.float16):
+        low = student.to(dtype), teacher.to(dtype)
+        loss = kd.distillation_loss(*low, targets, 5, 0.5)
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(by_hand(*low, targets, 5, 0.5), rel=2e-5)
+
+
+def test_soft_loss_vanishes_for_equal_logits_and_only_for_them():
+    student, teacher, targets = random_logits()
+    assert abs(kd.distillation_loss(teacher, teacher, targets, 5, 0).item()) < 1e-5
+    assert kd.distillation_loss(student, teacher, targets, 5, 0).item() > 0.1
+
+
+@pytest.mark.parametrize("t", [1.0, 5.0])
+def test_soft_loss_s_gradient(t):
+    student, teacher, targets = random_logits()
+    z, v = student.float().requires_grad_(), teacher.float().requires_grad_()
+    kd.distillation_loss(z, v, targets, t, 0).backward()
+    expected = t * ((student / t).softmax(1) - (teacher / t).softmax(1)) / len(student)
+    torch.testing.assert_close(z.grad, expected.float(), atol=1e-6, rtol=1e-4)
+    assert v.grad is None
+
+
+def test_alpha_1_is_cross_entropy_and_alpha_0_ignores_the_labels():
+    student, teacher, targets = random_logits()
+    assert kd.distillation_loss(student, teacher, targets, 5, 1).item() == pytest.approx(
+        F.cross_entropy(student, targets).item(), rel=1e-6)
+    assert torch.equal(kd.distillation_loss(student, teacher, targets, 5, 0),
+                       kd.distillation_loss(student, teacher, (targets + 1) % 10, 5, 0))
+
+
+def test_loss_is_finite_at_extreme_logits():
+    student = torch.full((4, 10), -200.0).fill_diagonal_(200).requires_grad_()
+    loss = kd.distillation_loss(student, student.detach().flip(1), torch.tensor([9, 8, 7, 6]), 1, 0.5)
+    loss.backward()
+    assert loss.isfinite() and loss > 100 and student.grad.isfinite().all()
+
+
+def test_loss_is_a_mean_over_images_and_tells_teacher_from_student():
+    student, teacher, targets = random_logits()
+    loss = kd.distillation_loss(student, teacher, targets, 5, 0.5)
+    twice = kd.distillation_loss(student.repeat(2, 1), teacher.repeat(2, 1), targets.repeat(2), 5, 0.5)
+    assert twice.item() == pytest.approx(loss.item(), rel=1e-6)
+    swapped = kd.distillation_loss(teacher, student, targets, 5, 0)
+    assert abs(swapped - kd.distillation_loss(student, teacher, targets, 5, 0)) > 0.01
+
+
+def test_worked_example_in_the_loss_s_docstring():
+    for t in (1, 5):
+        row = re.search(rf"T = {t} +cat ([\d.]+) +dog ([\d.]+) +truck ([\d.]+)",
+                        kd.distillation_loss.__doc__).groups()
+        exact = [math.exp(z / t) / sum(math.exp(z / t) for z in (8, 5, 0)) for z in (8, 5, 0)]
+        assert [float(p) for p in row] == pytest.approx(exact, abs=0.0006)
+
+
+# --- early stopping -------------------------------------------------------------------------------
+@pytest.mark.parametrize("losses, stops_at", [
+    ([2.0, 1.5, 1.49, 1.48, 1.47], 5),            # three small changes in a row
+    ([2.0, 1.5, 1.51, 1.50, 1.51], 5),            # small rises count, too
+    ([2.0, 1.5, 1.49, 1.48, 1.2, 1.19, 1.18], None),  # a large change starts the count anew
+    ([2.0, 1.5, 1.49, 1.48, 1.2, 1.19, 1.18, 1.17], 8),
+    ([2.0, 1.5, 1.49, 1.48, 1.9, 1.89, 1.88, 1.87], 8),
+    ([1.0, 1.0, 1.0, 1.0], 4),
+    ([2.0, 1.75, 1.5, 1.25, 1.0], None),          # a change of exactly min_delta is not small
+    ([0.0], None)])
+def test_early_stopping(losses, stops_at):
+    stopping = kd.EarlyStopping(patience=3, min_delta=0.25 if 1.75 in losses else 0.02)
+    answers = [stopping(loss) for loss in losses]
+    assert (answers.index(True) + 1 if True in answers else None) == stops_at
+
+
+def test_early_stopping_ends_a_training(data, tmp_path):
+    log = kd.fit("x", kd.new_network(kd.StudentModel, 0), [t[::8] for t in data],
+                 settings(epochs=5, batch_size=16, patience=2, min_delta=1000.0), 0, tmp_path)
+    assert len(log) == 3 == len(read_csv(tmp_path, "x"))
+
+
+# --- training -------------------------------------------------------------------------------------
+def seen_inputs(model, into):
+    model.register_forward_pre_hook(lambda m, args: into.append(args[0].clone()) if m.training or
+                                    not any(p.requires_grad for p in m.parameters()) else None)
+
+
+def test_distillation_leaves_the_teacher_alone_and_shows_it_the_student_s_images(data, tmp_path):
+    teacher, student = (kd.new_network(kind, 0) for kind in (kd.TeacherModel, kd.StudentModel))
+    teacher.train()  # however it arrives
+    before, by_teacher, by_student = copy.deepcopy(teacher.state_dict()), [], []
+    seen_inputs(teacher, by_teacher)
+    seen_inputs(student, by_student)
+    start = copy.deepcopy(student.state_dict())
+    small = [t[::5] for t in data]
+    kd.fit("x", student, small, settings(epochs=1, batch_size=20, alpha=0.5), 0, tmp_path, teacher)
+    after = teacher.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not torch.equal(start["skip.weight"], student.state_dict()["skip.weight"])
+    assert len(by_teacher) == len(by_student) == 3
+    assert all(torch.equal(a, b) for a, b in zip(by_teacher, by_student))
+
+
+def test_distilled_student_and_control_see_the_same_images(data, tmp_path):
+    small, seen = [t[::5] for t in data], {"distilled": [], "control": []}
+    teacher = kd.new_network(kd.TeacherModel, 0)
+    for name, inputs in seen.items():
+        student = kd.new_network(kd.StudentModel, 0)
+        seen_inputs(student, inputs)
+        kd.fit(name, student, small, settings(epochs=2, batch_size=20), 5, tmp_path,
+               teacher if name == "distilled" else None)
+    assert len(seen["control"]) == 6
+    assert all(torch.equal(a, b) for a, b in zip(*seen.values()))
+    assert not torch.equal(seen["control"][0], seen["control"][3])
+
+
+def test_same_seed_same_weights_to_the_bit(data, tmp_path):
+    small = [t[::8] for t in data]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(len(name) + ord(name))
+        kd.fit(name, kd.new_network(kd.StudentModel, seed), small,
+               settings(epochs=2, batch_size=16), seed, tmp_path)
+    a, b, c = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["skip.weight"], c["skip.weight"])
+
+
+def test_log_is_what_an_independent_loop_measures(data, tmp_path):
+    small, chosen = [t[::4] for t in data], settings(epochs=1, batch_size=25, lr=1e-9, momentum=0.0)
+    model = kd.new_network(kd.StudentModel, 0)
+    twin = copy.deepcopy(model).train()
+    row = kd.fit("x", model, small, chosen, 0, tmp_path)[0]
+    losses, right = [], 0
+    for inputs, labels in kd.training_batches(*small[:2], chosen, 0, 1):  # lr ~ 0: nothing changes
+        logits = twin(inputs)
+        losses += F.cross_entropy(logits, labels, reduction="none").tolist()
+        right += (logits.argmax(1) == labels).sum().item()
+    assert row["train_loss"] == pytest.approx(np.mean(losses), abs=1e-3)
+    assert row["train_acc"] == pytest.approx(100 * right / len(losses), abs=1.7)
+    logits = model.eval()(kd.normalise(small[2]))
+    assert row["test_loss"] == pytest.approx(F.cross_entropy(logits, small[3]).item(), abs=1e-4)
+    assert row["test_acc"] == pytest.approx(
+        100 * (logits.argmax(1) == small[3]).float().mean().item(), abs=1e-3)
+
+
+def test_write_file_keeps_the_old_file_if_the_new_one_fails(tmp_path):
+    path = tmp_path / "new" / "file"
+    kd.write_file(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        kd.write_file(path, fail)
+    assert path.read_bytes() == b"old"
+
+
+# --- the whole run --------------------------------------------------------------------------------
+NAMES = ("teacher", "student", "dist_student", "control")
+
+
+def test_all_leaves_every_file(finished):
+    expected = {"run.json", "summary.json", "summary.md", "predictions.png", "misclassified.png",
+                "confusion_matrix.png"} | {f"{name}{ending}" for name in NAMES for ending in (
+                    ".pt", "_train_logs.csv", "_train_logs.png")}
+    assert {path.name for path in finished.iterdir()} == expected
+    for path in finished.glob("*.png"):
+        assert min(Image.open(path).size) >= 500
+    for name in NAMES:
+        state = torch.load(finished / f"{name}.pt", weights_only=True)
+        assert all(type(t) is torch.Tensor and t.is_contiguous() and t.device == CPU
+                   for t in state.values())
+        (kd.TeacherModel if name == "teacher" else kd.StudentModel)().load_state_dict(state)
+
+
+def test_all_learns_and_its_files_agree(finished, data):
+    summary = json.loads((finished / "summary.json").read_text())
+    table = (finished / "summary.md").read_text()
+    assert list(summary["rows"]) == list(NAMES)
+    answers = {}
+    for name, row in summary["rows"].items():
+        log = read_csv(finished, name)
+        assert row["test_acc"] > 60, (name, row)  # chance: 10
+        assert row["train_acc"] == pytest.approx(log[-1]["train_acc"], abs=0.01)
+        assert row["test_acc"] == pytest.approx(log[-1]["test_acc"], abs=0.01)
+        assert row["test_loss"] == pytest.approx(log[-1]["test_loss"], abs=0.001)
+        assert row["epochs"] == len(log) == 7 and [r["epoch"] for r in log] == list(range(1, 8))
+        assert row["file_bytes"] == (finished / f"{name}.pt").stat().st_size
+        assert (row["params"], row["params_torchsummary"]) == (
+            (722_752, 729_712) if name == "teacher" else (223_232, 230_192))
+        assert row["seconds_per_epoch"] > 0 and row["images_per_second"] > 0
+        # By another way: plain float32 inference, numpy's histogram of confidences.
+        model = kd.TeacherModel() if name == "teacher" else kd.StudentModel()
+        model.load_state_dict(torch.load(finished / f"{name}.pt", weights_only=True))
+        with torch.no_grad():
+            probs = model.eval()(kd.normalise(data[2])).softmax(1).numpy()
+        answers[name], sure = probs.argmax(1), probs.max(1)
+        right = answers[name] == data[3].numpy()
+        assert row["test_acc"] == pytest.approx(100 * right.mean(), abs=0.01)
+        assert row["sampling_error"] == pytest.approx(
+            100 * math.sqrt(right.mean() * (1 - right.mean()) / len(right)), abs=0.01)
+        ece, edges = 0.0, np.linspace(0, 1, 16)
+        for low, high in zip(edges, edges[1:]):
+            members = (sure > low) & (sure <= high)
+            if members.any():
+                ece += members.mean() * abs(right[members].mean() - sure[members].mean())
+        assert row["ece"] == pytest.approx(ece, abs=0.002)
+        assert row["agreement"] == pytest.approx((answers[name] == answers["teacher"]).mean(), abs=1e-3)
+        assert f"| {name} |" in table and f"| {row['test_acc']:,} |" in table
+    rows = summary["rows"]
+    difference = rows["dist_student"]["test_acc"] - rows["control"]["test_acc"]
+    assert f"from the teacher = distilled − control = {difference:+.2f}" in table
+    difference = rows["control"]["test_acc"] - rows["student"]["test_acc"]
+    assert f"from longer training = control − student = {difference:+.2f}" in table
+
+
+def test_run_json_says_how_it_was_made(finished):
+    run = json.loads((finished / "run.json").read_text())
+    assert run["command"].startswith("python kd.py --stage all --data-dir ")
+    assert run["seed"] == 0 and run["device"] == "cpu" and run["torch"] == torch.__version__
+    assert run["torchvision"] == torchvision.__version__ and run["python"] and run["hardware"]
+    trainings = {name: run["trainings"][name]["settings"] for name in NAMES}
+    assert trainings["teacher"] == settings(epochs=7, batch_size=16, lr=0.01)
+    distilled, control = trainings["dist_student"], trainings["control"]
+    assert (distilled["temperature"], distilled["alpha"], distilled["weight_decay"]) == (5, 0.5, 5e-4)
+    assert {key for key in distilled if distilled[key] != control[key]} == {"alpha", "patience"}
+    assert control["alpha"] == 1
+
+
+def test_control_takes_the_distilled_student_s_settings_and_epochs(finished, data_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    where = ["--data-dir", data_dir, "--results-dir", folder, "--device", "cpu"]
+    assert run("--stage", "distill", *where, "--batch-size", 60, "--epochs", 4, "--lr", 0.003,
+               "--patience", 1, "--min-delta", 1000) == 0
+    assert len(read_csv(folder, "dist_student")) == 2
+    assert run("--stage", "control", *where) == 0
+    assert len(read_csv(folder, "control")) == 2
+    control = json.loads((folder / "run.json").read_text())["trainings"]["control"]["settings"]
+    assert (control["batch_size"], control["lr"], control["epochs"]) == (60, 0.003, 2)
+    assert run("--stage", "evaluate", *where) == 0
+
+
+def test_evaluate_trains_nothing(finished, data_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()
+            if path.suffix in (".pt", ".csv") or path.name == "run.json"}
+    (folder / "summary.json").unlink()
+    assert run("--stage", "evaluate", "--data-dir", data_dir, "--results-dir", folder) == 0
+    assert all((folder / name).read_bytes() == content for name, content in kept.items())
+    old, new = (json.loads((f / "summary.json").read_text())["rows"] for f in (finished, folder))
+    for row in (*old.values(), *new.values()):
+        del row["images_per_second"]
+    assert old == new
+
+
+def test_holdout_and_limit(data_dir, data):
+    def prepared(*options):
+        return kd.prepare(kd.parse(["--stage", "all", "--data-dir", str(data_dir), *options]))
+
+    def pairs(images, labels):
+        return {(int(label), image.numpy().tobytes()) for image, label in zip(images, labels)}
+
+    assert all(torch.equal(a, b) for a, b in zip(prepared(), data))
+    held = prepared("--holdout", "40")
+    assert (len(held[0]), len(held[2])) == (200, 40)
+    assert pairs(*held[:2]) | pairs(*held[2:]) == pairs(*data[:2])
+    assert not pairs(*held[:2]) & pairs(*held[2:])
+    limited = prepared("--limit", "50")
+    assert (len(limited[0]), len(limited[2])) == (50, 50)
+    assert pairs(*limited[:2]) <= pairs(*data[:2]) and pairs(*limited[2:]) <= pairs(*data[2:])
+    assert len(limited[1].unique()) > 5
+    both = prepared("--holdout", "40", "--limit", "30")
+    assert (len(both[0]), len(both[2])) == (30, 30)
+    assert pairs(*both[2:]) <= pairs(*held[2:]) and pairs(*both[:2]) <= pairs(*held[:2])
+    again, other = prepared("--holdout", "40"), prepared("--holdout", "40", "--seed", "1")
+    assert torch.equal(held[2], again[2]) and not torch.equal(held[2], other[2])
+
+
+# --- refusals -------------------------------------------------------------------------------------
+USAGE = [
+    "--temperature 0", "--temperature -1", "--temperature nan", "--temperature inf", "--alpha -0.1",
+    "--alpha 1.1", "--alpha nan", "--epochs 0", "--epochs 1.5", "--epochs -3", "--batch-size 0",
+    "--batch-size 99999999999", "--lr 0", "--lr -1", "--lr inf", "--lr two", "--patience 0",
+    "--min-delta -1", "--seed -1", "--holdout -1", "--holdout 50000", "--limit 0", "--device tpu",
+    "--recipe unknown", "--unknown 1", "--epoch 1", "--stage nothing"]
+
+
+def refused(capsys, code, *options):
+    assert run(*options) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("kd.py: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+@pytest.mark.parametrize("options", USAGE)
+def test_impossible_options_are_refused_before_any_work(options, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(kd, "load_cifar10", lambda _: pytest.fail("work has begun"))
+    folder = tmp_path / "results"
+    message = refused(capsys, 2, "--stage", "all", "--results-dir", folder, *options.split())
+    assert options.split()[0].lstrip("-") in message and not folder.exists()
+
+
+def test_stage_is_required_and_help_lists_every_option(capsys):
+    assert "--stage" in refused(capsys, 2)
+    with pytest.raises(SystemExit) as leave:
+        run("--help")
+    text = capsys.readouterr().out
+    assert leave.value.code == 0
+    for option in ("stage", "recipe", "data-dir", "results-dir", "seed", "device", "holdout", "limit",
+                   "epochs", "batch-size", "lr", "temperature", "alpha", "patience", "min-delta"):
+        assert f"--{option}" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_is_refused_where_there_is_none(capsys):
+    assert "cuda" in refused(capsys, 2, "--stage", "all", "--device", "cuda")
+
+
+@pytest.mark.parametrize("stage, missing, command", [
+    ("distill", "student.pt", "--stage student"), ("control", "dist_student.pt", "--stage distill"),
+    ("evaluate", "teacher.pt", "--stage teacher")])
+def test_missing_checkpoint_names_the_command_that_makes_it(stage, missing, command, data_dir,
+                                                           tmp_path, capsys):
+    message = refused(capsys, 1, "--stage", stage, "--data-dir", data_dir, "--results-dir", tmp_path)
+    assert missing in message and f"python kd.py {command} --data-dir {data_dir}" in message
+
+
+def test_one_results_folder_holds_one_run(finished, data_dir, capsys):
+    message = refused(capsys, 1, "--stage", "evaluate", "--data-dir", data_dir,
+                      "--results-dir", finished, "--seed", 1)
+    assert "--seed 0" in message and "--seed 1" in message
+    message = refused(capsys, 1, "--stage", "evaluate", "--data-dir", data_dir,
+                      "--results-dir", finished, "--holdout", 40)
+    assert "--holdout" in message
+
+
+def test_control_refuses_settings_of_its_own(finished, data_dir, capsys):
+    assert "--lr" in refused(capsys, 2, "--stage", "control", "--data-dir", data_dir,
+                             "--results-dir", finished, "--lr", 0.1)
+
+
+def test_holdout_that_leaves_nothing(data_dir, capsys):
+    assert "240" in refused(capsys, 2, "--stage", "all", "--data-dir", data_dir, "--holdout", 240)
+
+
+def test_missing_data_says_both_ways_to_provide_it(tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("<urlopen error no network>")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", offline)
+    message = refused(capsys, 1, "--stage", "teacher", "--data-dir", tmp_path / "none")
+    assert "train/<class>" in message and "download" in message and "no network" in message
+
+
+@pytest.mark.parametrize("damage", ["a class less", "a class more", "a large image", "no test"])
+def test_wrong_image_folders_are_named(damage, data_dir, tmp_path, capsys):
+    root = tmp_path / "data"
+    shutil.copytree(data_dir, root)
+    if damage == "a class less":
+        shutil.rmtree(root / "test" / "bird")
+        named = "test"
+    elif damage == "a class more":
+        shutil.copytree(root / "train" / "bird", root / "train" / "dragon")
+        named = "train"
+    elif damage == "a large image":
+        Image.new("RGB", (64, 48)).save(root / "train" / "cat" / "large.png")
+        named = "large.png is 64×48"
+    else:
+        shutil.rmtree(root / "test")
+        named = "test"
+    message = refused(capsys, 1, "--stage", "teacher", "--data-dir", root,
+                      "--results-dir", tmp_path / "results")
+    assert named in message and not (tmp_path / "results").exists()
