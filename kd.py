@@ -1,23 +1,18 @@
 """Knowledge distillation in one file: a small network learns from a large one, on CIFAR-10.
 
-A classifier knows more than its answer: "a cat, perhaps a dog, certainly no truck". A label holds
-only the answer. A trained teacher's probabilities hold the rest, mostly in numbers close to zero;
-so its logits and the student's are divided by a temperature T > 1 before the softmax, which lifts
-small probabilities to where they count. The student learns from the labels and from these soft
-targets at once (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
+A label says "cat". A trained teacher says more: a cat, perhaps a dog, certainly no truck. Most of
+that is in probabilities close to zero. So its logits and the student's are divided by a temperature
+T > 1 before the softmax, which lifts small probabilities to where they count, and the student
+learns from labels and soft targets at once (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
 
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
 
 Did the teacher help? The distilled student has also trained for longer. So a control trains on
 from the same student: same optimizer, same images in the same order, as many epochs, no teacher.
 
-    python kd.py --stage all        # teacher, student, distilled student, control, evaluation
-    python kd.py --stage all --limit 2000 --epochs 3 --batch-size 128 --results-dir runs/tour
-
-Weights, logs, pictures and the table of results are left in results/reference (or runs/tour).
+    python kd.py --stage all    # trains all four; weights, logs, pictures, table: results/reference
 """
 import argparse, ctypes, json, os, platform, re, shlex, sys, time, timeit
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +29,9 @@ from tqdm import tqdm
 # Where a value comes from: [t] the assignment's text, [n] its public notebook
 # (mHemaAP/EPAiV5-Session29), [m] measured by us on 5,000 training images that were held out.
 SETTINGS = {  # of a training, each an option too: (default, lowest, highest, meaning)
+    "seed": (0, 0, 2**32 - 1, "of the initial weights, the order and the augmentation"),
+    "holdout": (0, 0, 49_999, "so many training images take the test set's place, for tuning"),
+    "limit": (50_000, 1, 50_000, "only so many images of each split, after a shuffle"),
     "epochs": (100, 1, 10_000, "at most this many epochs"),                                   # [t]
     "batch_size": (2048, 1, 50_000, "images per step"),                                       # [n]
     "lr": (0.01, 1e-9, 100.0, "learning rate"),                                               # [n]
@@ -57,6 +55,8 @@ STAGES = {"teacher": "teacher", "student": "student", "distill": "dist_student",
           "control": "control"}  # what a stage trains, which is also what its files are called
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
+
+CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 class KDError(Exception):
     """KDError(what is wrong and what to do, in one line; the exit code, 1 if left out)."""
@@ -137,8 +137,8 @@ def load_cifar10(data_dir):
                 dataset = torchvision.datasets.CIFAR10(data_dir, split == "train", download=True)
             pairs = [(label, TF.pil_to_tensor(image)) for image, label in dataset]
         except (OSError, RuntimeError) as error:
-            raise KDError(f"no CIFAR-10 in {data_dir} ({error}): put its images into train/<class>/ "
-                          "and test/<class>/ there, or go online and torchvision downloads it")
+            raise KDError(f"no CIFAR-10 in {data_dir} ({error}): put images into train/<class>/ "
+                          "and test/<class>/ there, or go online for torchvision to download it")
         for (path, _), (_, image) in zip(getattr(dataset, "samples", ()), pairs):
             if image.shape != (3, 32, 32):
                 raise KDError(f"{path} is {image.shape[2]}×{image.shape[1]} pixels, not 32×32")
@@ -150,9 +150,8 @@ def affine(images, angles, shears):
     """Rotate and x-shear each image by its own angles: nearest neighbour, black outside.
 
     images (N, 3, S, S), 0–255, uint8 or float; angles, shears (N,) in degrees → float32, 0–255.
-    Every pixel is torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]), which knows one
-    angle per batch. F.affine_grid would round otherwise than the grid below (one pixel in 2.5
-    million differs), and give bf16 under autocast (one in 28).
+    Pixel for pixel torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]). F.affine_grid
+    rounds otherwise (1 pixel in 2.5 million differs) and gives bf16 under autocast (1 in 28 does).
     """
     exact = torch.float32 if angles.device.type == "mps" else torch.float64  # MPS has no float64
     angle, shear = angles.to(exact).deg2rad(), shears.to(exact).deg2rad()
@@ -184,16 +183,16 @@ def normalise(images):
     inputs = TF.normalize(images / 255, MEAN, STD, inplace=True)
     return inputs.contiguous(memory_format=layout(images.device))
 
-def training_batches(images, labels, settings, seed, epoch):
+def training_batches(images, labels, settings, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
 
     Chance follows from (seed, epoch) alone: no epoch depends on what ran before it, and trainings
     with the same seed, such as distilled student and control, see the same images in order.
     """
-    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, epoch))
     order = torch.randperm(len(images), generator=generator)
-    draws = draw_affine(len(images), settings["degrees"], settings["shear"], generator)
-    chunks = [t.to(images.device).split(settings["batch_size"]) for t in (order, *draws)]
+    draws = draw_affine(len(images), settings.degrees, settings.shear, generator)
+    chunks = [t.to(images.device).split(settings.batch_size) for t in (order, *draws)]
     for index, angles, shears in zip(*chunks):
         yield normalise(affine(images[index], angles, shears)), labels[index]
 
@@ -241,15 +240,10 @@ class EarlyStopping:
         return self.in_a_row >= self.patience
 
 # === 6. Training: one loop for all four ==========================================================
-@cache
-def cpuinfo():
-    return Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-
-def has_bf16(device):
-    """Whether bf16 is fast here: a CPU without the instructions emulates them, at a crawl."""
+def has_bf16(device):  # a CPU without the instructions emulates them, at a crawl
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and "bf16" in cpuinfo()
+    return device.type == "cpu" and "bf16" in CPUINFO
 
 def logits_of(model, inputs):
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bf16(inputs.device)):
@@ -271,22 +265,22 @@ def write_file(path, save):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-def fit(name, model, data, settings, seed, folder, teacher=None):
+def fit(name, model, data, settings, folder, teacher=None):
     """Train the model, with a teacher if there is one; leaves its weights and log in `folder`."""
     train_images, train_labels, test_images, test_labels = data
     n, device = len(train_images), train_images.device
     model.to(device, memory_format=layout(device))
     if teacher is not None:
         teacher.eval().requires_grad_(False)
-    optimizer = torch.optim.SGD(model.parameters(), settings["lr"], settings["momentum"],
-                                weight_decay=settings["weight_decay"])
-    at_rest, log, drawn = EarlyStopping(settings["patience"], settings["min_delta"]), [], 0.0
-    for epoch in range(1, settings["epochs"] + 1):
+    optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum,
+                                weight_decay=settings.weight_decay)
+    at_rest, log, drawn = EarlyStopping(settings.patience, settings.min_delta), [], 0.0
+    for epoch in range(1, settings.epochs + 1):
         model.train()
         start, totals = time.perf_counter(), torch.zeros(2, device=device)  # loss, right answers
         bar = tqdm(total=n, desc=f"{name} {epoch}", unit=" images", unit_scale=True, leave=False,
                    mininterval=0.3, disable=None)  # None: silent where there is no terminal
-        for inputs, labels in training_batches(train_images, train_labels, settings, seed, epoch):
+        for inputs, labels in training_batches(train_images, train_labels, settings, epoch):
             logits = logits_of(model, inputs)
             if teacher is None:
                 loss = F.cross_entropy(logits, labels)
@@ -294,7 +288,7 @@ def fit(name, model, data, settings, seed, folder, teacher=None):
                 with torch.no_grad():
                     teacher_logits = logits_of(teacher, inputs)  # of the very same inputs
                 loss = distillation_loss(logits, teacher_logits, labels,
-                                         settings["temperature"], settings["alpha"])
+                                         settings.temperature, settings.alpha)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -307,10 +301,10 @@ def fit(name, model, data, settings, seed, folder, teacher=None):
         loss_sum, right_sum = totals.tolist()  # waits for the device
         seconds = time.perf_counter() - start
         outputs = predict(model, test_images)  # watched, never used to choose anything
-        row = {"epoch": epoch, "train_loss": loss_sum / n, "train_acc": 100 * right_sum / n,
-               "test_loss": F.cross_entropy(outputs, test_labels).item(),
-               "test_acc": 100 * (outputs.argmax(1) == test_labels).sum().item() / len(outputs),
-               "seconds": seconds}
+        row = dict(epoch=epoch, train_loss=loss_sum / n, train_acc=100 * right_sum / n,
+                   test_loss=F.cross_entropy(outputs, test_labels).item(),
+                   test_acc=100 * (outputs.argmax(1) == test_labels).double().mean().item(),
+                   seconds=seconds)
         log.append({key: round(value, 6) for key, value in row.items()})
         print(f"{name:12}", *(f"{key} {value:<8.5g}" for key, value in row.items()), flush=True)
         if time.perf_counter() - drawn > 10:
@@ -321,7 +315,8 @@ def fit(name, model, data, settings, seed, folder, teacher=None):
     write_log(folder, name, log)
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     write_file(folder / f"{name}.pt", lambda file: torch.save(weights, file))
-    return log
+    return {"train_acc": log[-1]["train_acc"], "epochs": len(log),
+            "seconds_per_epoch": float(np.median([row["seconds"] for row in log]))}
 
 # === 7. Evaluation: the table and the pictures ===================================================
 BLUE, ORANGE = "#0072B2", "#D55E00"  # colour-blind readers tell them apart (Okabe & Ito)
@@ -344,26 +339,22 @@ def write_log(folder, name, log):
                         colLabels=list(log[0]), loc="center")
     write_file(folder / f"{name}_train_logs.png", figure.savefig)
 
-def read_log(folder, name):
-    """The CSV as a numpy array with a field per column."""
-    path = folder / f"{name}_train_logs.csv"
-    return np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
-
 def write_images(path, title, rows):
     """A row is (heading, panels), a panel (image, caption) or, for soft targets, (None, logits)."""
     figure = Figure(figsize=(12, 3 * len(rows)), layout="constrained")
     figure.suptitle(title, fontsize=14)
     for part, (heading, panels) in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows):
         part.suptitle(heading)
-        for axes, (image, text) in zip(part.subplots(1, len(panels) or 1, squeeze=False)[0], panels):
+        every = part.subplots(1, len(panels) or 1, squeeze=False)[0]
+        for axes, (image, text) in zip(every, panels):
             if image is not None:
-                axes.imshow(image.permute(1, 2, 0))
+                axes.imshow(image.permute(1, 2, 0).numpy())
                 axes.set_title(text, fontsize=9)
                 axes.axis("off")
                 continue
             for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
-                axes.bar(np.arange(10) + shift, (text / t).softmax(0).numpy(), 0.4, color=colour,
-                         label=f"T = {t}")
+                soft = (text / t).softmax(0).numpy()
+                axes.bar(np.arange(10) + shift, soft, 0.4, color=colour, label=f"T = {t}")
             axes.set_xticks(range(10), CLASSES, rotation=90)
             axes.legend()
     write_file(path, figure.savefig)
@@ -388,7 +379,7 @@ def evaluate(args, data):
     folder, images, labels, n = args.results_dir, data[2].cpu(), data[3].cpu(), len(data[3])
     rows, logits, sure, answers, right = {}, {}, {}, {}, {}
     for name in STAGES.values():
-        model, batch, log = trained(name, args), data[2][:1000], read_log(folder, name)
+        model, batch = trained(name, args), data[2][:1000]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
         logits[name] = predict(model, data[2]).cpu()
         sure[name], answers[name] = logits[name].softmax(1).max(1)
@@ -397,54 +388,51 @@ def evaluate(args, data):
         bins = (sure[name] * 15).long().clamp(max=14)
         gaps = torch.zeros(15).index_add(0, bins, right[name].float() - sure[name]).abs()
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
-        share = right[name].float().mean().item()
+        share = right[name].double().mean().item()
         rows[name] = {
-            "train_acc": log["train_acc"][-1], "test_acc": 100 * share,
-            "sampling_error": 100 * (share * (1 - share) / n) ** 0.5, "change": 100 * share,
-            "test_loss": F.cross_entropy(logits[name], labels).item(), "params": params,
-            "params_torchsummary": params + 3 * skip,  # it counts the skip convolution four times
-            "file_bytes": (folder / f"{name}.pt").stat().st_size, "epochs": len(log),
-            "seconds_per_epoch": np.median(log["seconds"]),
-            "images_per_second": len(batch) / seconds, "ece": gaps.sum().item() / n,
-            "agreement": (answers[name] == answers["teacher"]).float().mean().item()}
-    teacher, student, distilled, control = (row["test_acc"] for row in rows.values())
+            "test_acc": 100 * share, "sampling_error": 100 * (share * (1 - share) / n) ** 0.5,
+            "change": 100 * share, "test_loss": F.cross_entropy(logits[name], labels).item(),
+            "ece": gaps.sum().item() / n,
+            "agreement": (answers[name] == answers["teacher"]).double().mean().item(),
+            **read_run(folder)[name]["result"], "images_per_second": len(batch) / seconds,
+            "params": params, "params_torchsummary": params + 3 * skip,  # it counts skip four times
+            "file_bytes": (folder / f"{name}.pt").stat().st_size}
+    _, student, distilled, control = (row["test_acc"] for row in rows.values())
     for row in rows.values():
-        row["change"] -= student
-        row.update({key: round(value, 4) for key, value in row.items()})
+        row["change"] = row["test_acc"] - student
     verdict = (f"from the teacher = distilled − control = {distilled - control:+.2f} points, "
                f"from longer training = control − student = {control - student:+.2f} points")
     lines = [["", *rows["teacher"]], ["---"] * 14]
-    lines += [[name, *(f"{value:,}" for value in row.values())] for name, row in rows.items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{verdict}\n"
+    lines += [[name, *(f"{round(v, 4):,}" for v in row.values())] for name, row in rows.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{verdict}\n"
     summary = json.dumps({"rows": rows, "verdict": verdict, "test_images": n}, indent=2)
-    write_file(folder / "summary.json", lambda file: file.write(summary.encode()))
-    write_file(folder / "summary.md", lambda file: file.write(text.encode()))
-    print(text)
+    for ending, text in (("json", summary), ("md", table)):
+        write_file(folder / f"summary.{ending}", lambda file: file.write(text.encode()))
+    print(table)
 
     def panels(indices, *names):
         return [(images[i], "\n".join([CLASSES[labels[i]].upper(), *(
             f"{'✓' if right[name][i] else '✗'} {name}: {CLASSES[answers[name][i]]} "
             f"{sure[name][i]:.0%}" for name in names)])) for i in indices]
 
-    three = "teacher", "student", "dist_student"
+    three, two = ("teacher", "student", "dist_student"), ("student", "dist_student")
     shown = torch.linspace(0, n - 1, 12).long().tolist()  # sorted by class, so some of each
     soft = [panel for i in sorted(shown, key=lambda i: sure["teacher"][i])[:2]
             for panel in (*panels([i], "teacher"), (None, logits["teacher"][i]))]
-    write_images(folder / "predictions.png", "What the three networks answer, and how sure they are",
-                 [("", panels(shown[:6], *three)), ("", panels(shown[6:], *three)),
-                  ("Soft targets: what else the teacher sees where it is least sure", soft)])
+    write_images(folder / "predictions.png", "What the networks answer, and how sure they are", [
+        ("", panels(shown[:6], *three)), ("", panels(shown[6:], *three)),
+        ("Soft targets: what else the teacher sees where it is least sure", soft)])
     was, now, surest = right["student"], right["dist_student"], (-sure["dist_student"]).argsort()
     write_images(folder / "misclassified.png", "What distillation mended, and what it did not", [
         (f"{heading}: {chosen.sum()} of {n} test images, here the most confident answers",
-         panels(surest[chosen[surest]][:6], *three[1:])) for heading, chosen in (
+         panels(surest[chosen[surest]][:6], *two)) for heading, chosen in (
             ("The distilled student is wrong", ~now), ("Mended by distillation", now & ~was),
             ("Introduced by distillation", was & ~now))])
-    write_confusion(folder / "confusion_matrix.png", labels,
-                    {name: answers[name] for name in three[1:]})
+    write_confusion(folder / "confusion_matrix.png", labels, {name: answers[name] for name in two})
 
 # === 8. Command line =============================================================================
-def parse(argv):
-    """The options, each within its range, and `command`, the command line that says the same."""
+def parse(argv, name=None):
+    """The options; where they say nothing the recipe's training `name`, otherwise the defaults."""
     parser = argparse.ArgumentParser(prog="kd.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -457,25 +445,19 @@ def parse(argv):
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--results-dir", type=Path, help="default: results/<recipe>")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    numbers = {"seed": (0, 0, 2**32 - 1, "of weights, order and augmentation"),
-               "holdout": (0, 0, 49_999, "training images kept out, to take the test set's place"),
-               "limit": (50_000, 1, 50_000, "images per split, after a shuffle"), **SETTINGS}
-    for name, (default, low, high, meaning) in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="N", type=type(default),
-                            default=None if name in SETTINGS else default,
-                            help=f"{meaning}; {low:,} to {high:,}, default {default:,}")
+    for key, (default, low, high, meaning) in SETTINGS.items():
+        parser.add_argument("--" + key.replace("_", "-"), type=type(default), default=default,
+                            metavar="N", help=f"{meaning}; {low:,} to {high:,}, else {default:,}")
+    parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe].get(name, {}))
     args = parser.parse_args(argv)
-    for name, (_, low, high, _) in numbers.items():
-        if (value := getattr(args, name)) is not None and not low <= value <= high:  # or nan
-            refuse(f"--{name.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
-    args.command = shlex.join(["python", "kd.py"] + [
-        word for name, value in vars(args).items() if value != parser.get_default(name)
-        for word in (f"--{name.replace('_', '-')}", str(value))])
+    for key, (_, low, high, _) in SETTINGS.items():
+        if not low <= (value := getattr(args, key)) <= high:  # true of nan, too
+            refuse(f"--{key.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    name = args.device if args.device != "auto" else next(filter(found.get, found))
-    if not found[name]:
-        refuse(f"--device {name}: PyTorch finds none here")
-    args.device = torch.device(name)
+    device = args.device if args.device != "auto" else next(filter(found.get, found))
+    if not found[device]:
+        refuse(f"--device {device}: PyTorch finds none here")
+    args.device, args.command = torch.device(device), shlex.join(["python", "kd.py", *argv])
     args.results_dir = args.results_dir or Path("results", args.recipe)
     return args
 
@@ -493,62 +475,61 @@ def prepare(args):
     return [t[:args.limit].to(args.device) for t in data]
 
 def read_run(folder):
-    """run.json: how each training was made."""
+    """run.json: how each finished training was made."""
     return json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
 
 def trained(name, args):
     """The network `name`, on the device, with the weights that its stage left on disk."""
-    path, stage = args.results_dir / f"{name}.pt", dict(zip(STAGES.values(), STAGES))[name]
-    if not path.exists():
-        command = args.command.replace(f"--stage {args.stage}", f"--stage {stage}", 1)
-        raise KDError(f"{path} is missing; this makes it: {command}")
-    for key, value in read_run(args.results_dir).get(name, {}).items():
-        if key in ("recipe", "seed", "holdout", "limit") and value != getattr(args, key):
-            raise KDError(f"{path} was made with --{key} {value}, not {getattr(args, key)}: "
-                          "give each run a --results-dir of its own")
-    model = (TeacherModel if name == "teacher" else StudentModel)()
+    path, run = args.results_dir / f"{name}.pt", read_run(args.results_dir).get(name)
+    if not path.exists() or run is None:
+        stage = next(stage for stage in STAGES if STAGES[stage] == name)
+        raise KDError(f"{path} is missing; make it: {args.command.replace(args.stage, stage, 1)}")
+    for key in ("seed", "holdout", "limit"):
+        if run["settings"][key] != getattr(args, key):
+            raise KDError(f"{path} was made with --{key} {run['settings'][key]}, not --{key} "
+                          f"{getattr(args, key)}: give each run a --results-dir of its own")
+    model = TeacherModel() if name == "teacher" else StudentModel()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.to(args.device, memory_format=layout(args.device))
 
 def train(stage, args, data):
     """One training: from what it needs on disk to what it leaves there."""
-    name, folder, run = STAGES[stage], args.results_dir, read_run(args.results_dir)
-    given = {key: getattr(args, key) for key in SETTINGS if getattr(args, key) is not None}
+    name, folder = STAGES[stage], args.results_dir
     if stage == "control":  # the distilled student's training, but for the teacher
-        if given and args.stage == "control":
-            raise KDError(f"the control takes the distilled student's settings, not --{min(given)}", 2)
         trained("dist_student", args)
-        n = len(read_log(folder, "dist_student"))  # as many epochs: its patience does not end before
-        settings = {**run["dist_student"]["settings"], "alpha": 1.0, "epochs": n, "patience": n}
-    else:
-        settings = {key: default for key, (default, *_) in SETTINGS.items()}
-        settings |= RECIPES[args.recipe][name] | given
-    kind, start = TeacherModel if stage == "teacher" else StudentModel, settings.get("starts_from")
+        distilled = read_run(folder)["dist_student"]
+        n = distilled["result"]["epochs"]  # with as much patience, it takes them all
+        vars(args).update({**distilled["settings"], "alpha": 1.0, "epochs": n, "patience": n})
+    kind = TeacherModel if stage == "teacher" else StudentModel
+    start = getattr(args, "starts_from", None)
     model = trained(start, args) if start else new_network(kind, args.seed)
     teacher = trained("teacher", args) if stage == "distill" else None
     with torch.random.fork_rng(devices=[]):  # torchsummary sends noise through a network, which
         torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # moves its BatchNorm: a spare one
-    fit(name, model, data, settings, args.seed, folder, teacher)
-    cpu = re.findall(r"model name\s*: (.*)", cpuinfo()) or [platform.processor()]
-    run[name] = {
-        "command": args.command, "recipe": args.recipe, "seed": args.seed, "holdout": args.holdout,
-        "limit": args.limit, "settings": settings, "device": args.device.type,
-        "hardware": torch.cuda.get_device_name() if data[0].is_cuda else f"{len(cpu)} × {cpu[0]}",
-        "bf16": has_bf16(args.device), "python": platform.python_version(),
-        "torch": torch.__version__, "torchvision": torchvision.__version__}
+    result = fit(name, model, data, args, folder, teacher)
+    cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
+    settings = {key: vars(args)[key] for key in ("starts_from", *SETTINGS) if key in vars(args)}
+    run = read_run(folder) | {name: {
+        "command": args.command, "recipe": args.recipe, "settings": settings, "result": result,
+        "device": args.device.type, "bf16": has_bf16(args.device),
+        "hardware": torch.cuda.get_device_name() if data[0].is_cuda else f"{len(cpus)} × {cpus[0]}",
+        "python": platform.python_version(), "torch": torch.__version__,
+        "torchvision": torchvision.__version__}}
     write_file(folder / "run.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
 
 def main(argv=None):
     """Do what the command line asks for. Returns the exit code: 0, 2 for wrong options, else 1."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
         if platform.libc_ver()[0] == "glibc":  # keep freed memory: page faults cost a third
             libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+            libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
         data = prepare(args)
-        for stage in [*STAGES, "evaluate"] if args.stage == "all" else [args.stage]:
-            evaluate(args, data) if stage == "evaluate" else train(stage, args, data)
+        for stage in STAGES if args.stage == "all" else {args.stage} & set(STAGES):
+            train(stage, parse(argv, STAGES[stage]), data)
+        if args.stage in ("all", "evaluate"):
+            evaluate(args, data)
         return 0
     except KDError as error:
         message, code = (*error.args, 1)[:2]
