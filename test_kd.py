@@ -145,7 +145,7 @@ def test_each_loaded_image_equals_its_file(data_dir, data):
     for split, images, labels in (("train", *data[:2]), ("test", *data[2:])):
         assert images.dtype == torch.uint8 and images.shape == (10 * PER_CLASS[split], 3, 32, 32)
         assert labels.dtype == torch.int64 and labels.shape == (len(images),)
-        loaded = sorted((int(label), image.numpy().tobytes()) for image, label in zip(images, labels))
+        loaded = sorted((int(y), image.numpy().tobytes()) for image, y in zip(images, labels))
         files = sorted((label, np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes())
                        for label, name in enumerate(kd.CLASSES)
                        for path in (data_dir / split / name).iterdir())
@@ -192,7 +192,8 @@ def test_affine_equals_torchvision_pixel_for_pixel():
 def test_random_affine_draws_for_each_image_within_the_range():
     angles, shears = kd.draw_affine(20_000, 10, 7, torch.Generator().manual_seed(0))
     for draws, limit in ((angles, 10), (shears, 7)):
-        assert draws.abs().max() <= limit and draws.min() < -0.99 * limit < 0.99 * limit < draws.max()
+        assert draws.abs().max() <= limit
+        assert draws.min() < -0.99 * limit and draws.max() > 0.99 * limit
         assert abs(draws.mean()) < 0.05 * limit
         assert draws.std() == pytest.approx(2 * limit / math.sqrt(12), rel=0.02)  # uniform
     image = torch.arange(3072, dtype=torch.float32).view(1, 3, 32, 32).expand(50, -1, -1, -1)
@@ -226,7 +227,8 @@ def test_an_epoch_shows_every_image_once_with_its_label(data):
 
 def test_an_epoch_s_randomness_follows_from_seed_and_epoch_alone(data):
     def first(seed, epoch):
-        return next(iter(kd.training_batches(*data[:2], settings(batch_size=32, seed=seed), epoch)))[0]
+        chosen = settings(batch_size=32, seed=seed)
+        return next(iter(kd.training_batches(*data[:2], chosen, epoch)))[0]
 
     reference = first(0, 3)
     torch.rand(1000)
@@ -299,7 +301,8 @@ def test_alpha_1_is_cross_entropy_and_alpha_0_ignores_the_labels():
 
 def test_loss_is_finite_at_extreme_logits():
     student = torch.full((4, 10), -200.0).fill_diagonal_(200).requires_grad_()
-    loss = kd.distillation_loss(student, student.detach().flip(1), torch.tensor([9, 8, 7, 6]), 1, 0.5)
+    targets = torch.tensor([9, 8, 7, 6])
+    loss = kd.distillation_loss(student, student.detach().flip(1), targets, 1, 0.5)
     loss.backward()
     assert loss.isfinite() and loss > 100 and student.grad.isfinite().all()
 
@@ -307,7 +310,8 @@ def test_loss_is_finite_at_extreme_logits():
 def test_loss_is_a_mean_over_images_and_tells_teacher_from_student():
     student, teacher, targets = random_logits()
     loss = kd.distillation_loss(student, teacher, targets, 5, 0.5)
-    twice = kd.distillation_loss(student.repeat(2, 1), teacher.repeat(2, 1), targets.repeat(2), 5, 0.5)
+    doubled = student.repeat(2, 1), teacher.repeat(2, 1), targets.repeat(2)
+    twice = kd.distillation_loss(*doubled, 5, 0.5)
     assert twice.item() == pytest.approx(loss.item(), rel=1e-6)
     swapped = kd.distillation_loss(teacher, student, targets, 5, 0)
     assert abs(swapped - kd.distillation_loss(student, teacher, targets, 5, 0)) > 0.01
@@ -472,7 +476,8 @@ def test_all_learns_and_its_files_agree(finished, data):
             if members.any():
                 ece += members.mean() * abs(right[members].mean() - sure[members].mean())
         assert row["ece"] == pytest.approx(ece, abs=0.002)
-        assert row["agreement"] == pytest.approx((answers[name] == answers["teacher"]).mean(), abs=1e-3)
+        agreement = (answers[name] == answers["teacher"]).mean()
+        assert row["agreement"] == pytest.approx(agreement, abs=1e-3)
         assert f"| {name} |" in table and f"| {round(row['test_acc'], 4):,} |" in table
     rows = summary["rows"]
     difference = rows["dist_student"]["test_acc"] - rows["control"]["test_acc"]
@@ -490,9 +495,10 @@ def test_run_json_says_how_each_was_made(finished):
         assert training["torchvision"] == torchvision.__version__
         assert training["python"] and training["hardware"] and training["recipe"] == "reference"
     made = {name: run[name]["settings"] for name in NAMES}
-    assert made["teacher"] == vars(settings(epochs=EPOCHS, batch_size=48, lr=0.003)) == made["student"]
+    plain = vars(settings(epochs=EPOCHS, batch_size=48, lr=0.003))
+    assert made["teacher"] == plain == made["student"]
     distilled, control = made["dist_student"], made["control"]
-    assert (distilled["temperature"], distilled["alpha"], distilled["weight_decay"]) == (5, 0.5, 5e-4)
+    assert distilled == {**plain, "starts_from": "student", "alpha": 0.5, "weight_decay": 5e-4}
     assert {key for key in distilled if distilled[key] != control[key]} == {"alpha", "patience"}
     assert control["alpha"] == 1
 
@@ -578,8 +584,9 @@ def test_stage_is_required_and_help_lists_every_option(capsys):
         run("--help")
     text = capsys.readouterr().out
     assert leave.value.code == 0
-    for option in ("stage", "recipe", "data-dir", "results-dir", "seed", "device", "holdout", "limit",
-                   "epochs", "batch-size", "lr", "temperature", "alpha", "patience", "min-delta"):
+    for option in ("stage", "recipe", "data-dir", "results-dir", "seed", "device", "holdout",
+                   "limit", "epochs", "batch-size", "lr", "temperature", "alpha", "patience",
+                   "min-delta"):
         assert f"--{option}" in text
 
 
@@ -593,7 +600,8 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     ("evaluate", "teacher.pt", "--stage teacher")])
 def test_missing_checkpoint_names_the_command_that_makes_it(stage, missing, command, data_dir,
                                                            tmp_path, capsys):
-    message = refused(capsys, 1, "--stage", stage, "--data-dir", data_dir, "--results-dir", tmp_path)
+    message = refused(capsys, 1, "--stage", stage, "--data-dir", data_dir,
+                      "--results-dir", tmp_path)
     assert missing in message and f"python kd.py {command} --data-dir {data_dir}" in message
 
 
