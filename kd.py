@@ -12,7 +12,7 @@ from the same student: same optimizer, same images in the same order, as many ep
 
     python kd.py --stage all    # trains all four; weights, logs, pictures, table: results/reference
 """
-import argparse, ctypes, json, os, platform, re, shlex, sys, time, timeit
+import argparse, ctypes, json, math, os, platform, re, shlex, sys, time, timeit
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,6 @@ STAGES = {"teacher": "teacher", "student": "student", "distill": "dist_student",
           "control": "control"}  # what a stage trains, which is also what its files are called
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
-
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 class KDError(Exception):
@@ -151,7 +150,7 @@ def affine(images, angles, shears):
 
     images (N, 3, S, S), 0–255, uint8 or float; angles, shears (N,) in degrees → float32, 0–255.
     Pixel for pixel torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]). F.affine_grid
-    rounds otherwise (1 pixel in 2.5 million differs) and gives bf16 under autocast (1 in 28 does).
+    rounds otherwise (1 pixel in 2.5 million differs) and gives bf16 under autocast (1 in 27 does).
     """
     exact = torch.float32 if angles.device.type == "mps" else torch.float64  # MPS has no float64
     angle, shear = angles.to(exact).deg2rad(), shears.to(exact).deg2rad()
@@ -241,9 +240,8 @@ class EarlyStopping:
 
 # === 6. Training: one loop for all four ==========================================================
 def has_bf16(device):  # a CPU without the instructions emulates them, at a crawl
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and "bf16" in CPUINFO
+    cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return cuda or device.type == "cpu" and "bf16" in CPUINFO
 
 def logits_of(model, inputs):
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bf16(inputs.device)):
@@ -339,24 +337,21 @@ def write_log(folder, name, log):
                         colLabels=list(log[0]), loc="center")
     write_file(folder / f"{name}_train_logs.png", figure.savefig)
 
-def write_images(path, title, rows):
-    """A row is (heading, panels), a panel (image, caption) or, for soft targets, (None, logits)."""
-    figure = Figure(figsize=(12, 3 * len(rows)), layout="constrained")
+def write_grid(path, title, panels):
+    """Six panels a row: (image, caption) or, for a bar chart of soft targets, (None, logits)."""
+    figure = Figure(figsize=(12, 2.9 * math.ceil(len(panels) / 6)), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    for part, (heading, panels) in zip(figure.subfigures(len(rows), squeeze=False)[:, 0], rows):
-        part.suptitle(heading)
-        every = part.subplots(1, len(panels) or 1, squeeze=False)[0]
-        for axes, (image, text) in zip(every, panels):
-            if image is not None:
-                axes.imshow(image.permute(1, 2, 0).numpy())
-                axes.set_title(text, fontsize=9)
-                axes.axis("off")
-                continue
-            for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
-                soft = (text / t).softmax(0).numpy()
-                axes.bar(np.arange(10) + shift, soft, 0.4, color=colour, label=f"T = {t}")
-            axes.set_xticks(range(10), CLASSES, rotation=90)
-            axes.legend()
+    for axes, (image, text) in zip(figure.subplots(math.ceil(len(panels) / 6), 6).flat, panels):
+        if image is not None:
+            axes.imshow(image.permute(1, 2, 0).numpy())
+            axes.set_title(text, fontsize=8)
+            axes.axis("off")
+            continue
+        for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
+            soft_targets = (text / t).softmax(0).numpy()
+            axes.bar(np.arange(10) + shift, soft_targets, 0.4, color=colour, label=f"T = {t}")
+        axes.set_xticks(range(10), CLASSES, rotation=90, fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     write_file(path, figure.savefig)
 
 def write_confusion(path, labels, answers):
@@ -410,25 +405,24 @@ def evaluate(args, data):
         write_file(folder / f"summary.{ending}", lambda file: file.write(text.encode()))
     print(table)
 
-    def panels(indices, *names):
-        return [(images[i], "\n".join([CLASSES[labels[i]].upper(), *(
+    def panels(indices, names, group=""):
+        return [(images[i], "\n".join([group + CLASSES[labels[i]].upper(), *(
             f"{'✓' if right[name][i] else '✗'} {name}: {CLASSES[answers[name][i]]} "
             f"{sure[name][i]:.0%}" for name in names)])) for i in indices]
 
-    three, two = ("teacher", "student", "dist_student"), ("student", "dist_student")
     shown = torch.linspace(0, n - 1, 12).long().tolist()  # sorted by class, so some of each
-    soft = [panel for i in sorted(shown, key=lambda i: sure["teacher"][i])[:2]
-            for panel in (*panels([i], "teacher"), (None, logits["teacher"][i]))]
-    write_images(folder / "predictions.png", "What the networks answer, and how sure they are", [
-        ("", panels(shown[:6], *three)), ("", panels(shown[6:], *three)),
-        ("Soft targets: what else the teacher sees where it is least sure", soft)])
+    soft = [panel for i in sorted(shown, key=lambda i: sure["teacher"][i])[:3]
+            for panel in (*panels([i], ["teacher"]), (None, logits["teacher"][i]))]
+    write_grid(folder / "predictions.png", "Three networks' answers; below, the teacher's soft "
+               "targets where it is least sure", panels(shown, list(rows)[:3]) + soft)
     was, now, surest = right["student"], right["dist_student"], (-sure["dist_student"]).argsort()
-    write_images(folder / "misclassified.png", "What distillation mended, and what it did not", [
-        (f"{heading}: {chosen.sum()} of {n} test images, here the most confident answers",
-         panels(surest[chosen[surest]][:6], *two)) for heading, chosen in (
-            ("The distilled student is wrong", ~now), ("Mended by distillation", now & ~was),
-            ("Introduced by distillation", was & ~now))])
-    write_confusion(folder / "confusion_matrix.png", labels, {name: answers[name] for name in two})
+    groups = {"wrong after distillation": ~now, "mended": now & ~was, "introduced": was & ~now}
+    write_grid(folder / "misclassified.png", f"Of {n:,} test images, " + ", ".join(
+        f"{chosen.sum():,} {group}" for group, chosen in groups.items()) + "; the surest of each",
+        [panel for group, chosen in groups.items() for panel in panels(
+            surest[chosen[surest]][:6], ["student", "dist_student"], f"{group}\n")])
+    write_confusion(folder / "confusion_matrix.png", labels,
+                    {name: answers[name] for name in ("student", "dist_student")})
 
 # === 8. Command line =============================================================================
 def parse(argv, name=None):
