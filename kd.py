@@ -7,12 +7,13 @@ learns from labels and soft targets at once (Hinton, Vinyals & Dean 2015, arXiv:
 
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
 
-Did the teacher help? The distilled student has also trained for longer. So a control trains on
-from the same student: same optimizer, same images in the same order, as many epochs, no teacher.
+Did the teacher help? Distillation starts from the trained student, so that it also trains longer. A
+control starts from the same weights: same optimizer, images, order and epochs, but labels alone.
 
     python kd.py --stage all    # trains all four; weights, logs, pictures, table: results/reference
 """
 import argparse, ctypes, json, math, os, platform, re, shlex, sys, time, timeit
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,23 +29,23 @@ from tqdm import tqdm
 # === 1. Settings =================================================================================
 # Where a value comes from: [t] the assignment's text, [n] its public notebook
 # (mHemaAP/EPAiV5-Session29), [m] measured by us on 5,000 training images that were held out.
-SETTINGS = {  # of a training, each an option too: (default, lowest, highest, meaning)
+SETTINGS = {  # of a training, and each an option too: (default, lowest, highest, meaning)
     "seed": (0, 0, 2**32 - 1, "of the initial weights, the order and the augmentation"),
     "holdout": (0, 0, 49_999, "so many training images take the test set's place, for tuning"),
-    "limit": (50_000, 1, 50_000, "only so many images of each split, after a shuffle"),
-    "epochs": (100, 1, 10_000, "at most this many epochs"),                                   # [t]
+    "limit": (0, 0, 1_000_000, "only so many images of each split, after a shuffle; 0: all"),
+    "epochs": (100, 1, 10_000, "at most so many epochs"),                                     # [t]
     "batch_size": (2048, 1, 50_000, "images per step"),                                       # [n]
     "lr": (0.01, 1e-9, 100.0, "learning rate"),                                               # [n]
     "momentum": (0.9, 0.0, 0.999, "SGD's momentum"),                                          # [n]
     "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
-    "shear": (10.0, 0.0, 80.0, "and sheared along x by up to ± so many degrees"),             # [t]
+    "shear": (10.0, 0.0, 80.0, "training images are x-sheared by up to ± so many degrees"),  # [t]
     "temperature": (5.0, 0.01, 1000.0, "T divides the logits; needs a teacher"),              # [n]
-    "alpha": (1.0, 0.0, 1.0, "weight of the labels; the soft targets have 1 - alpha"),
-    "patience": (5, 1, 10_000, "epochs at rest after which a training stops"),                # [n]
-    "min_delta": (0.02, 0.0, 1000.0, "at rest: the training loss changes by less"),           # [n]
+    "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
+    "patience": (5, 1, 10_000, "a training stops after so many epochs on a plateau"),         # [n]
+    "min_delta": (0.02, 0.0, 1000.0, "a plateau: the training loss changes by less"),         # [n]
 }
-RECIPES = {"reference": {  # how a training differs from these defaults
+RECIPES = {"reference": {  # how a training differs from these defaults; the control: see train()
     "teacher": {},
     "student": {},
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
@@ -79,11 +80,10 @@ def separable(c_in, c_out):
 class Network(nn.Module):
     """Normalised images, float (N, 3, 32, 32) → logits (N, 10).
 
-    The skip path runs *one* convolution four times, 32 → 28 → 24 → 20 → 16 pixels wide. Its 2,320
-    parameters exist once, but torchsummary counts a module each time it runs, 3 · 2,320 too many:
-    729,712 for the teacher (really 722,752), 230,192 for the student (really 223,232).
+    The skip path runs *one* convolution (2,320 parameters) four times, 32 → 28 → 24 → 20 → 16 wide.
+    torchsummary counts it each time, so that it reports 729,712 parameters for the teacher
+    (really 722,752) and 230,192 for the student (really 223,232).
     """
-
     def __init__(self, c2, c3):
         super().__init__()
         self.block1 = block(3, 16)                                             # → 16×16×16
@@ -94,10 +94,11 @@ class Network(nn.Module):
                                   nn.AvgPool2d(4), nn.Conv2d(256, 10, 1, bias=False), nn.Flatten())
 
     def forward(self, x):
-        x = skip = self.block1[0](x)                                           # → 16×32×32
+        skip = self.block1[0](x)                                               # → 16×32×32
+        x = self.block1[1:](skip)
         for _ in range(4):
             skip = self.skip(skip)
-        return self.head(self.block3(self.block2(self.block1[1:](x) + skip)))
+        return self.head(self.block3(self.block2(x + skip)))
 
 def TeacherModel():
     return Network(c2=64, c3=128)
@@ -106,7 +107,7 @@ def StudentModel():
     return Network(c2=32, c3=64)
 
 def derived_seed(seed, *purpose):
-    """A 32-bit seed for one purpose (integers): no two purposes share their random numbers."""
+    """A 32-bit seed for one purpose (integers), so that no two purposes share random numbers."""
     return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0])
 
 def new_network(kind, seed):
@@ -138,7 +139,7 @@ def load_cifar10(data_dir):
         except (OSError, RuntimeError) as error:
             raise KDError(f"no CIFAR-10 in {data_dir} ({error}): put images into train/<class>/ "
                           "and test/<class>/ there, or go online for torchvision to download it")
-        for (path, _), (_, image) in zip(getattr(dataset, "samples", ()), pairs):
+        for (path, _), (_, image) in zip(getattr(dataset, "samples", ()), pairs):  # if from files
             if image.shape != (3, 32, 32):
                 raise KDError(f"{path} is {image.shape[2]}×{image.shape[1]} pixels, not 32×32")
         labels, images = zip(*sorted(pairs, key=lambda pair: (pair[0], pair[1].numpy().tobytes())))
@@ -152,11 +153,11 @@ def affine(images, angles, shears):
     Pixel for pixel torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]). F.affine_grid
     rounds otherwise (1 pixel in 2.5 million differs) and gives bf16 under autocast (1 in 27 does).
     """
-    exact = torch.float32 if angles.device.type == "mps" else torch.float64  # MPS has no float64
-    angle, shear = angles.to(exact).deg2rad(), shears.to(exact).deg2rad()
+    dtype = torch.float32 if angles.device.type == "mps" else torch.float64  # MPS has no float64
+    angle, shear = angles.to(dtype).deg2rad(), shears.to(dtype).deg2rad()
     cos, sin, tan, half = angle.cos(), angle.sin(), shear.tan(), images.shape[-1] / 2
-    # The inverse of rotation · shear: for each output pixel, the place in the input to look at,
-    # both measured from the centre, in halves of an image as grid_sample wants it.
+    # The inverse of rotation · shear: for each output pixel the place in the input to look at. Both
+    # are measured from the image's centre; the result in halves of an image, for grid_sample.
     inverse = torch.stack([cos - sin * tan, sin + cos * tan, -sin, cos]).float() / half
     a, b, c, d = inverse[:, :, None, None]                                     # (N, 1, 1) each
     x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)    # a row
@@ -174,13 +175,18 @@ def random_affine(images, degrees, shear, generator):
     draws = draw_affine(len(images), degrees, shear, generator)
     return affine(images, *(draw.to(images.device) for draw in draws))
 
-def layout(device):  # channels last is faster; on MPS it makes BatchNorm's gradients wrong
+def memory_format(device):  # channels last is faster, but makes BatchNorm's gradients wrong on MPS
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+@cache  # one copy to the device, not one per batch
+def mean_and_std(device):
+    return torch.tensor([MEAN, STD], device=device)[:, :, None, None]          # (2, 3, 1, 1)
 
 def normalise(images):
     """Images, 0–255 → network input, float32 (N, 3, 32, 32)."""
-    inputs = TF.normalize(images / 255, MEAN, STD, inplace=True)
-    return inputs.contiguous(memory_format=layout(images.device))
+    mean, std = mean_and_std(images.device)
+    inputs = (images / 255).sub_(mean).div_(std)
+    return inputs.contiguous(memory_format=memory_format(images.device))
 
 def training_batches(images, labels, settings, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
@@ -208,13 +214,12 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
     Which side is the target? KL(p ‖ q) = Σ p (log p - log q) weighs by p, the teacher: wherever it
     sees a likeness the student has to see one. F.kl_div wants log q first, then log p. Both come
-    from log_softmax, since log(softmax(x)) underflows to -inf.
+    from log_softmax, since a softmax can underflow to 0, whose log is -inf.
 
-    Why T²? The soft loss alone has the gradient (q - p) / T in the student's logits, and q - p
-    itself shrinks as 1/T. T² makes up for both, so that alpha means the same at every T.
+    Why T²? KL alone has the gradient (q - p) / T in the student's logits, and for large T, q - p
+    shrinks as 1/T as well. T² makes up for both: alpha means much the same at every T.
 
-    Why batchmean? KL is a sum over classes. reduction="mean" would divide by their number too and
-    leave a tenth of the soft loss.
+    Why batchmean? KL is a sum over classes; "mean" would also divide by their number, ten.
     """
     student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
     loss_hard = F.cross_entropy(student_logits, targets)
@@ -225,10 +230,9 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
 # === 5. Early stopping ===========================================================================
 class EarlyStopping:
-    """Called with each epoch's mean training loss; True once it has come to rest: it has changed by
-    less than min_delta, up or down, `patience` times in a row. (The distillation loss is on another
-    scale, T² = 25: the same min_delta is stricter there.)"""
-
+    """Called with each epoch's mean training loss; True once that has changed by less than
+    min_delta, up or down, `patience` times in a row. (The distillation loss is on another scale
+    than cross-entropy: the same min_delta means something else there.)"""
     def __init__(self, patience, min_delta):
         self.patience, self.min_delta = patience, min_delta
         self.previous, self.in_a_row = float("inf"), 0
@@ -244,7 +248,8 @@ def has_bf16(device):  # a CPU without the instructions emulates them, at a craw
     return cuda or device.type == "cpu" and "bf16" in CPUINFO
 
 def logits_of(model, inputs):
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=has_bf16(inputs.device)):
+    kind = "cuda" if inputs.is_cuda else "cpu"
+    with torch.autocast(kind, torch.bfloat16, enabled=has_bf16(inputs.device)):
         return model(inputs).float()
 
 @torch.no_grad()
@@ -267,15 +272,15 @@ def fit(name, model, data, settings, folder, teacher=None):
     """Train the model, with a teacher if there is one; leaves its weights and log in `folder`."""
     train_images, train_labels, test_images, test_labels = data
     n, device = len(train_images), train_images.device
-    model.to(device, memory_format=layout(device))
+    model.to(device, memory_format=memory_format(device))
     if teacher is not None:
-        teacher.eval().requires_grad_(False)
+        teacher.eval().requires_grad_(False)  # frozen: nothing of it is trained or recorded
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum,
                                 weight_decay=settings.weight_decay)
-    at_rest, log, drawn = EarlyStopping(settings.patience, settings.min_delta), [], 0.0
+    early_stopping, log, last_plot = EarlyStopping(settings.patience, settings.min_delta), [], 0.0
     for epoch in range(1, settings.epochs + 1):
         model.train()
-        start, totals = time.perf_counter(), torch.zeros(2, device=device)  # loss, right answers
+        start, totals = time.perf_counter(), torch.zeros(2, device=device)  # loss, correct answers
         bar = tqdm(total=n, desc=f"{name} {epoch}", unit=" images", unit_scale=True, leave=False,
                    mininterval=0.3, disable=None)  # None: silent where there is no terminal
         for inputs, labels in training_batches(train_images, train_labels, settings, epoch):
@@ -283,32 +288,30 @@ def fit(name, model, data, settings, folder, teacher=None):
             if teacher is None:
                 loss = F.cross_entropy(logits, labels)
             else:
-                with torch.no_grad():
-                    teacher_logits = logits_of(teacher, inputs)  # of the very same inputs
-                loss = distillation_loss(logits, teacher_logits, labels,
+                loss = distillation_loss(logits, logits_of(teacher, inputs), labels,
                                          settings.temperature, settings.alpha)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            right = (logits.argmax(1) == labels).sum()
-            totals += torch.stack([loss.detach() * len(labels), right])
+            correct = (logits.argmax(1) == labels).sum()
+            totals += torch.stack([loss.detach() * len(labels), correct])
             if bar.update(len(labels)):  # True a few times a second, when it is redrawn
                 mean_loss, share = (totals / bar.n).tolist()  # waits for the device
                 bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{100 * share:.1f} %")
         bar.close()
-        loss_sum, right_sum = totals.tolist()  # waits for the device
+        loss_sum, correct = totals.tolist()  # waits for the device
         seconds = time.perf_counter() - start
         outputs = predict(model, test_images)  # watched, never used to choose anything
-        row = dict(epoch=epoch, train_loss=loss_sum / n, train_acc=100 * right_sum / n,
+        row = dict(epoch=epoch, train_loss=loss_sum / n, train_acc=100 * correct / n,
                    test_loss=F.cross_entropy(outputs, test_labels).item(),
-                   test_acc=100 * (outputs.argmax(1) == test_labels).double().mean().item(),
+                   test_acc=100 * (outputs.argmax(1) == test_labels).sum().item() / len(outputs),
                    seconds=seconds)
         log.append({key: round(value, 6) for key, value in row.items()})
         print(f"{name:12}", *(f"{key} {value:<8.5g}" for key, value in row.items()), flush=True)
-        if time.perf_counter() - drawn > 10:
+        if time.perf_counter() - last_plot > 10:
             write_log(folder, name, log)
-            drawn = time.perf_counter()
-        if at_rest(log[-1]["train_loss"]):
+            last_plot = time.perf_counter()
+        if early_stopping(log[-1]["train_loss"]):
             break
     write_log(folder, name, log)
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
@@ -326,11 +329,12 @@ def write_log(folder, name, log):
         file, rows, "%.10g", ",", header=",".join(log[0]), comments=""))
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "acc"], ["table", "table"]], height_ratios=[4, 1])
-    for kind in ("loss", "acc"):
+    for kind, title in (("loss", "loss"), ("acc", "accuracy (%)")):
         for split, colour, style in (("train", BLUE, "--"), ("test", ORANGE, "-")):
             axes[kind].plot([row["epoch"] for row in log], [row[f"{split}_{kind}"] for row in log],
                             style, color=colour, marker=".", label=split)
-        axes[kind].set(title=f"{name}: {kind}", xlabel="epoch")
+        axes[kind].set(title=f"{name}: {title}", xlabel="epoch")
+        axes[kind].xaxis.get_major_locator().set_params(integer=True)
         axes[kind].legend()
     axes["table"].axis("off")
     axes["table"].table([[f"{value:.5g}" for value in row] for row in rows[-5:]],
@@ -339,26 +343,28 @@ def write_log(folder, name, log):
 
 def write_grid(path, title, panels):
     """Six panels a row: (image, caption) or, for a bar chart of soft targets, (None, logits)."""
-    figure = Figure(figsize=(12, 2.9 * math.ceil(len(panels) / 6)), layout="constrained")
+    rows = math.ceil(len(panels) / 6) or 1
+    figure = Figure(figsize=(13, 3 * rows), layout="constrained")
     figure.suptitle(title, fontsize=14)
-    for axes, (image, text) in zip(figure.subplots(math.ceil(len(panels) / 6), 6).flat, panels):
+    for i, (image, content) in enumerate(panels):
+        axes = figure.add_subplot(rows, 6, i + 1)
         if image is not None:
             axes.imshow(image.permute(1, 2, 0).numpy())
-            axes.set_title(text, fontsize=8)
+            axes.set_title(content, fontsize=8)
             axes.axis("off")
             continue
         for t, shift, colour in ((1, -0.2, BLUE), (5, 0.2, ORANGE)):
-            soft_targets = (text / t).softmax(0).numpy()
+            soft_targets = (content / t).softmax(0).numpy()
             axes.bar(np.arange(10) + shift, soft_targets, 0.4, color=colour, label=f"T = {t}")
         axes.set_xticks(range(10), CLASSES, rotation=90, fontsize=8)
         axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     write_file(path, figure.savefig)
 
-def write_confusion(path, labels, answers):
-    figure = Figure(figsize=(12, 6), layout="constrained")
+def write_confusion(path, labels, predictions):
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
     figure.suptitle("Of 100 images of a class (row), how many are taken for which (column)?")
-    for axes, (name, answer) in zip(figure.subplots(1, 2), answers.items()):
-        counts = np.histogram2d(labels, answer, bins=range(11))[0]
+    for axes, name in zip(figure.subplots(1, 2), ("student", "dist_student")):
+        counts = np.histogram2d(labels, predictions[name], bins=range(11))[0]
         percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
         axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
         for (row, column), value in np.ndenumerate(percent):
@@ -369,35 +375,38 @@ def write_confusion(path, labels, answers):
         axes.set_yticks(range(10), [f"{c} {p:.1f} %" for c, p in zip(CLASSES, percent.diagonal())])
     write_file(path, figure.savefig)
 
-def evaluate(args, data):
+def evaluate(args, get_data):
     """Test what is on disk; leaves summary.json, summary.md and three pictures beside it."""
-    folder, images, labels, n = args.results_dir, data[2].cpu(), data[3].cpu(), len(data[3])
-    rows, logits, sure, answers, right = {}, {}, {}, {}, {}
-    for name in STAGES.values():
-        model, batch = trained(name, args), data[2][:1000]
+    folder, runs = args.results_dir, read_runs(args.results_dir)
+    models = {name: load_trained(name, args) for name in STAGES.values()}
+    _, _, test_images, labels = get_data()
+    images, labels, n = test_images.cpu(), labels.cpu(), len(labels)
+    rows, logits, confidence, predictions, correct = {}, {}, {}, {}, {}
+    for name, model in models.items():
+        batch, result = test_images[:1000], runs[name]["result"]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
-        logits[name] = predict(model, data[2]).cpu()
-        sure[name], answers[name] = logits[name].softmax(1).max(1)
-        right[name] = answers[name] == labels
+        logits[name] = predict(model, test_images).cpu()
+        confidence[name], predictions[name] = logits[name].softmax(1).max(1)
+        correct[name] = predictions[name] == labels
         # Expected calibration error: how far confidence is from accuracy, in 15 equal bins.
-        bins = (sure[name] * 15).long().clamp(max=14)
-        gaps = torch.zeros(15).index_add(0, bins, right[name].float() - sure[name]).abs()
+        bins = (confidence[name] * 15).long().clamp(0, 14)
+        gaps = torch.zeros(15).index_add(0, bins, correct[name].float() - confidence[name]).abs()
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
-        share = right[name].double().mean().item()
+        accuracy = correct[name].sum().item() / n
         rows[name] = {
-            "test_acc": 100 * share, "sampling_error": 100 * (share * (1 - share) / n) ** 0.5,
-            "change": 100 * share, "test_loss": F.cross_entropy(logits[name], labels).item(),
-            "ece": gaps.sum().item() / n,
-            "agreement": (answers[name] == answers["teacher"]).double().mean().item(),
-            **read_run(folder)[name]["result"], "images_per_second": len(batch) / seconds,
+            "train_acc": result.pop("train_acc"), "test_acc": 100 * accuracy,
+            "sampling_error": 100 * (accuracy * (1 - accuracy) / n) ** 0.5,
+            "change": None, "test_loss": F.cross_entropy(logits[name], labels).item(),
             "params": params, "params_torchsummary": params + 3 * skip,  # it counts skip four times
-            "file_bytes": (folder / f"{name}.pt").stat().st_size}
+            "file_bytes": (folder / f"{name}.pt").stat().st_size, **result,
+            "images_per_second": len(batch) / seconds, "ece": gaps.sum().item() / n,
+            "agreement": (predictions[name] == predictions["teacher"]).sum().item() / n}
     _, student, distilled, control = (row["test_acc"] for row in rows.values())
     for row in rows.values():
         row["change"] = row["test_acc"] - student
     verdict = (f"from the teacher = distilled − control = {distilled - control:+.2f} points, "
                f"from longer training = control − student = {control - student:+.2f} points")
-    lines = [["", *rows["teacher"]], ["---"] * 14]
+    lines = [["", *rows["teacher"]], ["---"] * (1 + len(rows["teacher"]))]
     lines += [[name, *(f"{round(v, 4):,}" for v in row.values())] for name, row in rows.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{verdict}\n"
     summary = json.dumps({"rows": rows, "verdict": verdict, "test_images": n}, indent=2)
@@ -405,24 +414,24 @@ def evaluate(args, data):
         write_file(folder / f"summary.{ending}", lambda file: file.write(text.encode()))
     print(table)
 
-    def panels(indices, names, group=""):
-        return [(images[i], "\n".join([group + CLASSES[labels[i]].upper(), *(
-            f"{'✓' if right[name][i] else '✗'} {name}: {CLASSES[answers[name][i]]} "
-            f"{sure[name][i]:.0%}" for name in names)])) for i in indices]
+    def panels(indices, names, heading=""):
+        return [(images[i], "\n".join([heading + CLASSES[labels[i]].upper(), *(
+            f"{'✓' if correct[name][i] else '✗'} {name}: {CLASSES[predictions[name][i]]} "
+            f"{confidence[name][i]:.0%}" for name in names)])) for i in indices]
 
-    shown = torch.linspace(0, n - 1, 12).long().tolist()  # sorted by class, so some of each
-    soft = [panel for i in sorted(shown, key=lambda i: sure["teacher"][i])[:3]
-            for panel in (*panels([i], ["teacher"]), (None, logits["teacher"][i]))]
+    shown = torch.linspace(0, n - 1, 12).long().tolist()  # all over the classes
+    soft_targets = [panel for i in sorted(shown, key=lambda i: confidence["teacher"][i])[:3]
+                    for panel in (*panels([i], ["teacher"]), (None, logits["teacher"][i]))]
     write_grid(folder / "predictions.png", "Three networks' answers; below, the teacher's soft "
-               "targets where it is least sure", panels(shown, list(rows)[:3]) + soft)
-    was, now, surest = right["student"], right["dist_student"], (-sure["dist_student"]).argsort()
+               "targets where it is least sure", panels(shown, list(rows)[:3]) + soft_targets)
+    was, now = correct["student"], correct["dist_student"]
+    surest = confidence["dist_student"].argsort(descending=True)
     groups = {"wrong after distillation": ~now, "mended": now & ~was, "introduced": was & ~now}
     write_grid(folder / "misclassified.png", f"Of {n:,} test images, " + ", ".join(
         f"{chosen.sum():,} {group}" for group, chosen in groups.items()) + "; the surest of each",
         [panel for group, chosen in groups.items() for panel in panels(
             surest[chosen[surest]][:6], ["student", "dist_student"], f"{group}\n")])
-    write_confusion(folder / "confusion_matrix.png", labels,
-                    {name: answers[name] for name in ("student", "dist_student")})
+    write_confusion(folder / "confusion_matrix.png", labels, predictions)
 
 # === 8. Command line =============================================================================
 def parse(argv, name=None):
@@ -434,11 +443,14 @@ def parse(argv, name=None):
         raise KDError(f"{message} (python kd.py --help lists the options)", 2)
 
     parser.error = refuse
-    parser.add_argument("--stage", choices=["all", *STAGES, "evaluate"], required=True)
-    parser.add_argument("--recipe", choices=list(RECIPES), default="reference")
+    parser.add_argument("--stage", choices=["all", *STAGES, "evaluate"], required=True,
+                        help="what to do; all: everything, in this order")
+    parser.add_argument("--recipe", choices=list(RECIPES), default="reference",
+                        help="whose settings; default: reference. It may differ from those below")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto",
+                        help="default: auto, the first of cuda, mps, cpu that there is")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
     parser.add_argument("--results-dir", type=Path, help="default: results/<recipe>")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     for key, (default, low, high, meaning) in SETTINGS.items():
         parser.add_argument("--" + key.replace("_", "-"), type=type(default), default=default,
                             metavar="N", help=f"{meaning}; {low:,} to {high:,}, else {default:,}")
@@ -447,9 +459,9 @@ def parse(argv, name=None):
     for key, (_, low, high, _) in SETTINGS.items():
         if not low <= (value := getattr(args, key)) <= high:  # true of nan, too
             refuse(f"--{key.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
-    device = args.device if args.device != "auto" else next(filter(found.get, found))
-    if not found[device]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": 1}
+    device = args.device if args.device != "auto" else next(name for name in there if there[name])
+    if not there[device]:
         refuse(f"--device {device}: PyTorch finds none here")
     args.device, args.command = torch.device(device), shlex.join(["python", "kd.py", *argv])
     args.results_dir = args.results_dir or Path("results", args.recipe)
@@ -460,56 +472,59 @@ def prepare(args):
     data = load_cifar10(args.data_dir)
     if args.holdout >= len(data[1]):
         raise KDError(f"--holdout {args.holdout} leaves none of {len(data[1])} training images", 2)
-    if args.holdout or args.limit < 50_000:
+    if args.holdout or args.limit:
         generator = torch.Generator().manual_seed(derived_seed(args.seed, 0))
         order, test_order = (torch.randperm(len(t), generator=generator) for t in data[1::2])
         data = data[0][order], data[1][order], data[2][test_order], data[3][test_order]
     if n := args.holdout:
         data = data[0][n:], data[1][n:], data[0][:n], data[1][:n]
-    return [t[:args.limit].to(args.device) for t in data]
+    return [t[:args.limit or None].to(args.device) for t in data]
 
-def read_run(folder):
+def read_runs(folder):
     """run.json: how each finished training was made."""
     return json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
 
-def trained(name, args):
+def load_trained(name, args):
     """The network `name`, on the device, with the weights that its stage left on disk."""
-    path, run = args.results_dir / f"{name}.pt", read_run(args.results_dir).get(name)
+    path, run = args.results_dir / f"{name}.pt", read_runs(args.results_dir).get(name)
     if not path.exists() or run is None:
         stage = next(stage for stage in STAGES if STAGES[stage] == name)
-        raise KDError(f"{path} is missing; make it: {args.command.replace(args.stage, stage, 1)}")
+        raise KDError(f"{path} is missing; this makes it: "
+                      + re.sub(r"--stage[= ]\w+", f"--stage {stage}", args.command))
     for key in ("seed", "holdout", "limit"):
         if run["settings"][key] != getattr(args, key):
             raise KDError(f"{path} was made with --{key} {run['settings'][key]}, not --{key} "
                           f"{getattr(args, key)}: give each run a --results-dir of its own")
     model = TeacherModel() if name == "teacher" else StudentModel()
     model.load_state_dict(torch.load(path, weights_only=True))
-    return model.to(args.device, memory_format=layout(args.device))
+    return model.to(args.device, memory_format=memory_format(args.device))
 
-def train(stage, args, data):
+def train(stage, args, get_data):
     """One training: from what it needs on disk to what it leaves there."""
     name, folder = STAGES[stage], args.results_dir
     if stage == "control":  # the distilled student's training, but for the teacher
-        trained("dist_student", args)
-        distilled = read_run(folder)["dist_student"]
+        load_trained("dist_student", args)  # or say that it is missing
+        distilled = read_runs(folder)["dist_student"]
         n = distilled["result"]["epochs"]  # with as much patience, it takes them all
-        vars(args).update({**distilled["settings"], "alpha": 1.0, "epochs": n, "patience": n})
+        vars(args).update(distilled["settings"], alpha=1.0, epochs=n, patience=n)
     kind = TeacherModel if stage == "teacher" else StudentModel
     start = getattr(args, "starts_from", None)
-    model = trained(start, args) if start else new_network(kind, args.seed)
-    teacher = trained("teacher", args) if stage == "distill" else None
-    with torch.random.fork_rng(devices=[]):  # torchsummary sends noise through a network, which
-        torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # moves its BatchNorm: a spare one
+    model = load_trained(start, args) if start else new_network(kind, args.seed)
+    teacher = load_trained("teacher", args) if stage == "distill" else None
+    data = get_data()
+    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a spare one: it moves the BatchNorm
     result = fit(name, model, data, args, folder, teacher)
     cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
-    settings = {key: vars(args)[key] for key in ("starts_from", *SETTINGS) if key in vars(args)}
-    run = read_run(folder) | {name: {
-        "command": args.command, "recipe": args.recipe, "settings": settings, "result": result,
+    later = list(STAGES.values())[max(2, list(STAGES).index(stage)):]  # what built on old weights
+    runs = {key: run for key, run in read_runs(folder).items() if key not in later}
+    runs[name] = {
+        "command": args.command, "recipe": args.recipe, "result": result,
+        "settings": {key: vars(args)[key] for key in ("starts_from", *SETTINGS) if key in args},
         "device": args.device.type, "bf16": has_bf16(args.device),
         "hardware": torch.cuda.get_device_name() if data[0].is_cuda else f"{len(cpus)} × {cpus[0]}",
         "python": platform.python_version(), "torch": torch.__version__,
-        "torchvision": torchvision.__version__}}
-    write_file(folder / "run.json", lambda file: file.write(json.dumps(run, indent=2).encode()))
+        "torchvision": torchvision.__version__}
+    write_file(folder / "run.json", lambda file: file.write(json.dumps(runs, indent=2).encode()))
 
 def main(argv=None):
     """Do what the command line asks for. Returns the exit code: 0, 2 for wrong options, else 1."""
@@ -519,16 +534,19 @@ def main(argv=None):
         if platform.libc_ver()[0] == "glibc":  # keep freed memory: page faults cost a third
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        data = prepare(args)
-        for stage in STAGES if args.stage == "all" else {args.stage} & set(STAGES):
-            train(stage, parse(argv, STAGES[stage]), data)
+        get_data = cache(lambda: prepare(args))  # once, when a stage has found all else it needs
+        for stage in STAGES:
+            if args.stage in ("all", stage):
+                train(stage, parse(argv, STAGES[stage]), get_data)
         if args.stage in ("all", "evaluate"):
-            evaluate(args, data)
+            evaluate(args, get_data)
         return 0
     except KDError as error:
         message, code = (*error.args, 1)[:2]
-        print(f"kd.py: {message}", file=sys.stderr)
-        return code
+    except Exception as error:
+        message, code = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", 1
+    print(f"kd.py: {message}", file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,6 +21,7 @@ from torchvision.transforms import functional as TVF
 
 import kd
 
+kd.CPUINFO = ""  # float32 on every CPU, so that results can be compared closely
 CPU = torch.device("cpu")
 PER_CLASS, EPOCHS = {"train": 24, "test": 8}, 8
 
@@ -94,7 +95,7 @@ def test_every_layer_in_order_with_its_output_shape(kind, c2, c3):
                 ("BatchNorm2d", c_out, 4)]
 
     skip = [("Conv2d", 16, size) for size in (28, 24, 20, 16)]
-    expected = (block(16, 32)[:3] + skip + block(16, 32)[3:] + block(c2, 16) + block(c3, 8)
+    expected = (block(16, 32) + skip + block(c2, 16) + block(c3, 8)
                 + separable(c3, 128) + separable(128, 256)
                 + [("AvgPool2d", 256, 1), ("Conv2d", 10, 1), ("Flatten", 10, None)])
     network, seen = kind().eval(), []
@@ -103,8 +104,9 @@ def test_every_layer_in_order_with_its_output_shape(kind, c2, c3):
             module.register_forward_hook(lambda m, _, out: seen.append(
                 (type(m).__name__, out.shape[1], out.shape[2] if out.ndim == 4 else None)))
     logits = network(torch.zeros(5, 3, 32, 32))
-    assert sorted(map(str, seen)) == sorted(map(str, expected))
-    assert [s for s in seen if s not in skip] == [s for s in expected if s not in skip]
+    assert seen == expected
+    leaves = [type(m).__name__ for m in network.modules() if not list(m.children())]
+    assert leaves == [layer[0] for layer in expected[:14] + expected[17:]]  # as registered
     assert logits.shape == (5, 10) and logits.dtype == torch.float32
 
 
@@ -378,7 +380,7 @@ def test_distilled_student_and_control_see_the_same_images(data, tmp_path):
         seen_inputs(student, inputs)
         kd.fit(name, student, small, settings(epochs=2, batch_size=20, seed=5), tmp_path,
                teacher if name == "distilled" else None)
-    assert len(seen["control"]) == 6
+    assert len(seen["control"]) == len(seen["distilled"]) == 6
     assert all(torch.equal(a, b) for a, b in zip(*seen.values()))
     assert not torch.equal(seen["control"][0], seen["control"][3])
 
@@ -523,7 +525,8 @@ def test_evaluate_trains_nothing(finished, data_dir, tmp_path):
     kept = {path.name: path.read_bytes() for path in folder.iterdir()
             if path.suffix in (".pt", ".csv") or path.name == "run.json"}
     (folder / "summary.json").unlink()
-    assert run("--stage", "evaluate", "--data-dir", data_dir, "--results-dir", folder) == 0
+    assert run("--stage", "evaluate", "--data-dir", data_dir, "--results-dir", folder,
+               "--device", "cpu") == 0
     assert all((folder / name).read_bytes() == content for name, content in kept.items())
     old, new = (json.loads((f / "summary.json").read_text())["rows"] for f in (finished, folder))
     for row in (*old.values(), *new.values()):
@@ -533,7 +536,8 @@ def test_evaluate_trains_nothing(finished, data_dir, tmp_path):
 
 def test_holdout_and_limit(data_dir, data):
     def prepared(*options):
-        return kd.prepare(kd.parse(["--stage", "all", "--data-dir", str(data_dir), *options]))
+        return kd.prepare(kd.parse(["--stage", "all", "--device", "cpu",
+                                    "--data-dir", str(data_dir), *options]))
 
     def pairs(images, labels):
         return {(int(label), image.numpy().tobytes()) for image, label in zip(images, labels)}
@@ -559,7 +563,9 @@ USAGE = [
     "--temperature 0", "--temperature -1", "--temperature nan", "--temperature inf", "--alpha -0.1",
     "--alpha 1.1", "--alpha nan", "--epochs 0", "--epochs 1.5", "--epochs -3", "--batch-size 0",
     "--batch-size 99999999999", "--lr 0", "--lr -1", "--lr inf", "--lr two", "--patience 0",
-    "--min-delta -1", "--seed -1", "--holdout -1", "--holdout 50000", "--limit 0", "--device tpu",
+    "--min-delta -1", "--min-delta nan", "--momentum 1", "--weight-decay -1", "--degrees 181",
+    "--shear 90", "--lr nan", "--seed -1", "--holdout -1", "--holdout 50000", "--limit -1",
+    "--device tpu",
     "--recipe unknown", "--unknown 1", "--epoch 1", "--stage nothing"]
 
 
@@ -584,10 +590,11 @@ def test_stage_is_required_and_help_lists_every_option(capsys):
         run("--help")
     text = capsys.readouterr().out
     assert leave.value.code == 0
-    for option in ("stage", "recipe", "data-dir", "results-dir", "seed", "device", "holdout",
-                   "limit", "epochs", "batch-size", "lr", "temperature", "alpha", "patience",
-                   "min-delta"):
-        assert f"--{option}" in text
+    for option in ("stage", "recipe", "data-dir", "results-dir", "device"):
+        assert re.search(rf"\n  --{option} .*\n? .*[a-z]", text)
+    for option, (default, low, high, meaning) in kd.SETTINGS.items():
+        words = f"--{option.replace('_', '-')} N {meaning}; {low:,} to {high:,}, else {default:,}"
+        assert words in " ".join(text.split())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -595,14 +602,59 @@ def test_cuda_is_refused_where_there_is_none(capsys):
     assert "cuda" in refused(capsys, 2, "--stage", "all", "--device", "cuda")
 
 
-@pytest.mark.parametrize("stage, missing, command", [
-    ("distill", "student.pt", "--stage student"), ("control", "dist_student.pt", "--stage distill"),
-    ("evaluate", "teacher.pt", "--stage teacher")])
-def test_missing_checkpoint_names_the_command_that_makes_it(stage, missing, command, data_dir,
-                                                           tmp_path, capsys):
-    message = refused(capsys, 1, "--stage", stage, "--data-dir", data_dir,
-                      "--results-dir", tmp_path)
-    assert missing in message and f"python kd.py {command} --data-dir {data_dir}" in message
+@pytest.mark.parametrize("stage, missing, maker", [
+    ("distill", "student", "student"), ("distill", "teacher", "teacher"),
+    ("control", "dist_student", "distill"), ("evaluate", "control", "control")])
+def test_missing_checkpoint_names_the_command_that_makes_it(stage, missing, maker, finished,
+                                                           data_dir, tmp_path, capsys):
+    folder = tmp_path / stage  # the hint must not change this word
+    shutil.copytree(finished, folder)
+    (folder / f"{missing}.pt").unlink()
+    message = refused(capsys, 1, "--results-dir", folder, "--stage", stage, "--data-dir", data_dir)
+    assert f"{missing}.pt" in message
+    assert f"python kd.py --results-dir {folder} --stage {maker} --data-dir {data_dir}" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps(print)])
+def test_unusable_checkpoint_ends_in_one_line(content, finished, data_dir, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / "student.pt").write_bytes(content)
+    refused(capsys, 1, "--stage", "distill", "--data-dir", data_dir, "--results-dir", folder)
+
+
+def test_results_folder_that_is_a_file(data_dir, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert run("--stage", "student", "--data-dir", data_dir, "--results-dir", tmp_path / "file",
+               "--device", "cpu", "--epochs", 1) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_new_weights_outdate_what_was_built_on_the_old_ones(finished, data_dir, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    where = ["--data-dir", data_dir, "--results-dir", folder, "--device", "cpu"]
+    assert run("--stage", "student", *where, "--epochs", 1, "--batch-size", 120) == 0
+    capsys.readouterr()
+    assert "--stage distill" in refused(capsys, 1, "--stage", "control", *where)
+
+
+def test_evaluate_survives_perfect_and_diverged_students(data, tmp_path, monkeypatch, data_dir):
+    """No mistake to show; and logits that are all nan."""
+    for value in (None, float("nan")):
+        answers = torch.where(F.one_hot(data[3], 10) > 0, 9.0, 0.0)
+        runs = {name: {"result": {"train_acc": 1.0, "epochs": 1, "seconds_per_epoch": 1.0}}
+                for name in NAMES}
+        monkeypatch.setattr(kd, "read_runs", lambda _: copy.deepcopy(runs))
+        monkeypatch.setattr(kd, "load_trained", lambda *_: kd.StudentModel())
+        monkeypatch.setattr(kd, "predict", lambda model, images: (
+            answers[:len(images)] if value is None else answers[:len(images)] * value))
+        for name in NAMES:
+            (tmp_path / f"{name}.pt").touch()
+        kd.evaluate(argparse.Namespace(results_dir=tmp_path), lambda: data)
+        row = json.loads((tmp_path / "summary.json").read_text())["rows"]["dist_student"]
+        assert row["test_acc"] == (100 if value is None else 10)
 
 
 def test_one_results_folder_holds_one_run(finished, data_dir, capsys):
