@@ -240,8 +240,15 @@ def write_file(path, save):
         os.fsync(file.fileno())
     os.replace(part, path)
 
-def fit(name, model, data, settings, folder, teacher=None):
-    """Train the model, with a teacher if there is one; leaves its weights and log in `folder`."""
+def weights_of(model):
+    return {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+
+def settings_of(args):
+    return {key: vars(args)[key] for key in ("starts_from", *SETTINGS) if key in args}
+
+def fit(name, model, data, settings, folder, teacher=None, state=None):
+    """Train the model, with a teacher if there is one, and from where an interrupted training stood
+    if there is its state; leaves weights and log in `folder`."""
     train_images, train_labels, test_images, test_labels = data
     n, device = len(train_images), train_images.device
     model.to(device, memory_format=memory_format(device))
@@ -250,7 +257,13 @@ def fit(name, model, data, settings, folder, teacher=None):
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum,
                                 weight_decay=settings.weight_decay)
     early_stopping, log, last_plot = EarlyStopping(settings.patience, settings.min_delta), [], 0.0
-    for epoch in range(1, settings.epochs + 1):
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        log = state["log"]
+    stop = [early_stopping(row["train_loss"]) for row in log][-1:] == [True]
+    while not stop and len(log) < settings.epochs:
+        epoch = len(log) + 1
         model.train()
         start, totals = time.perf_counter(), torch.zeros(2, device=device)  # loss, correct answers
         bar = tqdm(total=n, desc=f"{name} {epoch}", unit=" images", leave=False, disable=None)
@@ -281,11 +294,13 @@ def fit(name, model, data, settings, folder, teacher=None):
         if time.perf_counter() - last_plot > 10:
             write_log(folder, name, log)
             last_plot = time.perf_counter()
-        if early_stopping(log[-1]["train_loss"]):
-            break
+        stop = early_stopping(log[-1]["train_loss"])
+        state = {"name": name, "model": weights_of(model), "optimizer": optimizer.state_dict(),
+                 "settings": settings_of(settings), "log": log}
+        write_file(folder / "unfinished.pt", lambda file: torch.save(state, file))
     write_log(folder, name, log)
-    weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    write_file(folder / f"{name}.pt", lambda file: torch.save(weights, file))
+    write_file(folder / f"{name}.pt", lambda file: torch.save(weights_of(model), file))
+    (folder / "unfinished.pt").unlink()
     return {"train_acc": log[-1]["train_acc"], "epochs": len(log),
             "seconds_per_epoch": float(np.median([row["seconds"] for row in log]))}
 
@@ -410,6 +425,7 @@ def parse(argv, name=None):
     option("--device", choices=["auto", *devices], default="auto", help="default: auto, the next")
     option("--data-dir", type=Path, default=Path("data"), help="default: data")
     option("--results-dir", type=Path, help="default: results/<recipe>")
+    option("--resume", action="store_true", help="continue what was interrupted")
     for key, (default, low, high, meaning) in SETTINGS.items():
         option(f"--{key.replace('_', '-')}", type=type(default), default=default, metavar="N",
                help=f"{meaning}; {low:,} to {high:,}, else {default:,}")
@@ -467,15 +483,23 @@ def train(stage, args, get_data):
     start = getattr(args, "starts_from", None)
     model = load_trained(start, args) if start else new_network(kind, args.seed)
     teacher = load_trained("teacher", args) if stage == "distill" else None
+    state, unfinished = None, folder / "unfinished.pt"
+    if args.resume and read_runs(folder).get(name, {}).get("settings") == settings_of(args):
+        return print(f"{name} is finished")
+    if args.resume and unfinished.exists():
+        state = torch.load(unfinished, weights_only=True)
+        if (state["name"], state["settings"]) != (name, settings_of(args)):
+            raise KDError(f"{unfinished} is of {state['name']}, with {state['settings']}: the same "
+                          "command and --resume continues it, no --resume starts anew")
     data = get_data()
     torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a spare one: it moves the BatchNorm
-    result = fit(name, model, data, args, folder, teacher)
+    result = fit(name, model, data, args, folder, teacher, state)
     cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
     later = list(STAGES.values())[max(2, list(STAGES).index(stage)):]  # what built on old weights
     runs = {key: run for key, run in read_runs(folder).items() if key not in later}
     runs[name] = {
         "command": args.command, "recipe": args.recipe, "result": result,
-        "settings": {key: vars(args)[key] for key in ("starts_from", *SETTINGS) if key in args},
+        "settings": settings_of(args),
         "hardware": torch.cuda.get_device_name() if data[0].is_cuda else f"{len(cpus)} × {cpus[0]}",
         "device": args.device.type, "bf16": has_bf16(args.device), "torch": torch.__version__,
         "torchvision": torchvision.__version__, "python": platform.python_version()}

@@ -534,6 +534,34 @@ def test_evaluate_trains_nothing(finished, data_dir, tmp_path):
     assert old == new
 
 
+def test_interrupted_training_goes_on_to_the_same_bytes(data_dir, tmp_path, monkeypatch):
+    options = ["--stage", "student", "--data-dir", data_dir, "--results-dir", tmp_path, "--resume",
+               "--device", "cpu", "--epochs", 3, "--batch-size", 48, "--lr", 0.003]
+    predict, calls = kd.predict, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*args)
+
+    monkeypatch.setattr(kd, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(*options)
+    assert not (tmp_path / "student.pt").exists()
+    assert run("--stage", "teacher", *options[2:]) == 1  # another training is unfinished here
+    assert run(*options[:-1], 0.004) == 1                # and with another learning rate
+    assert run(*options) == 0 and len(calls) == 4
+    whole = tmp_path / "whole"
+    assert run(*options[:4], "--results-dir", whole, *options[6:]) == 0
+    assert (whole / "student.pt").read_bytes() == (tmp_path / "student.pt").read_bytes()
+    logs = [[{**row, "seconds": 0} for row in read_csv(folder, "student")]
+            for folder in (tmp_path, whole)]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    assert not (tmp_path / "unfinished.pt").exists()
+    assert run(*options) == 0 and len(calls) == 7        # finished: nothing is trained again
+
+
 def test_holdout_and_limit(data_dir, data):
     def prepared(*options):
         return kd.prepare(kd.parse(["--stage", "all", "--device", "cpu",
