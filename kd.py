@@ -10,14 +10,12 @@ Did the teacher help? Distillation starts from the trained student, so that it a
 control starts from the same weights: same optimizer, images, order and epochs, but labels alone.
 `python kd.py --stage all` trains all four; weights, logs, pictures and table: results/reference.
 """
-import argparse, ctypes, functools, json, math, os, platform, re, shlex, sys, time, timeit
+import argparse, ctypes, functools, hashlib, json, os, platform, re, shlex, signal, sys, timeit
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch, torchsummary, torchvision
 import torch.nn.functional as F
-import torchsummary
-import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
@@ -36,18 +34,15 @@ SETTINGS = {  # of a training, and each an option too: (default, lowest, highest
     "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
     "shear": (10.0, 0.0, 80.0, "training images are x-sheared by up to ± so many degrees"),   # [t]
-    "temperature": (5.0, 0.01, 1000.0, "T divides the logits; needs a teacher"),              # [n]
+    "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),              # [n]
     "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
     "patience": (5, 1, 10_000, "a training stops after so many epochs on a plateau"),         # [n]
     "min_delta": (0.02, 0.0, 1000.0, "a plateau: the training loss changes by less"),         # [n]
 }
 RECIPES = {"reference": {  # where a training differs from these defaults; the control: see train()
-    "teacher": {},
-    "student": {},
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
     # alpha [n]; lr [m, on held-out training images]: 0.01 learns less, 0.05 throws it off for good.
-    "dist_student": {"starts_from": "student", "lr": 0.02, "weight_decay": 5e-4, "alpha": 0.5},
-}}
+    "dist_student": {"starts_from": "student", "lr": 0.02, "weight_decay": 5e-4, "alpha": 0.5}}}
 STAGES = dict(teacher="teacher", student="student", distill="dist_student", control="control")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
@@ -73,8 +68,7 @@ def separable(c_in, c_out):
 class Network(nn.Module):
     """Normalised images, float (N, 3, 32, 32) → logits (N, 10).
     The skip path runs *one* convolution (2,320 parameters) four times: 32 → 28 → 24 → 20 → 16 wide.
-    torchsummary counts it each time and reports 729,712 parameters for the teacher (really 722,752)
-    and 230,192 for the student (really 223,232)."""
+    torchsummary counts all four: teacher 729,712 (really 722,752), student 230,192 (223,232)."""
     def __init__(self, c2, c3):
         super().__init__()
         self.block1 = block(3, 16)                                             # → 16×16×16
@@ -91,11 +85,8 @@ class Network(nn.Module):
             skip = self.skip(skip)
         return self.head(self.block3(self.block2(x + skip)))
 
-def TeacherModel():
-    return Network(c2=64, c3=128)
-
-def StudentModel():
-    return Network(c2=32, c3=64)
+def TeacherModel(): return Network(c2=64, c3=128)
+def StudentModel(): return Network(c2=32, c3=64)
 
 def derived_seed(seed, *purpose):
     """A 32-bit seed for one purpose (integers), so that no two purposes share random numbers."""
@@ -108,27 +99,33 @@ def new_network(kind, seed):
         return kind()
 
 # === 3. Data: the images live on the training device, as bytes ===================================
+def read_image(path):
+    """An image file, whatever its colour mode → uint8 (3, 32, 32), RGB."""
+    try:
+        image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+    except Exception as error:  # Pillow raises all kinds, for files that are not what they seem
+        raise KDError(f"{path} is no readable image: {error}")
+    if image.shape != (3, 32, 32):
+        raise KDError(f"{path} is {image.shape[2]}×{image.shape[1]} pixels, not 32×32")
+    return image
+
 def load_cifar10(data_dir):
     """(train_images, train_labels, test_images, test_labels): uint8 (N, 3, 32, 32), int64 (N,).
-    From data_dir/{train,test}/<class>/ if there are such folders, otherwise from torchvision's
-    CIFAR10, which downloads what is missing. The two order the images differently, so both are
-    sorted by label and bytes: a seed then means the same for both."""
+    From data_dir/{train,test}/<class>/ if they exist, otherwise from torchvision's CIFAR10, which
+    downloads it. Both are sorted by label and bytes, so that a seed means the same for both."""
     data_dir, tensors = Path(data_dir), []
     folders = (data_dir / "train").exists() or (data_dir / "test").exists()
     for split in ("train", "test"):
         try:
-            dataset = torchvision.datasets.ImageFolder(data_dir / split) if folders else (
-                torchvision.datasets.CIFAR10(data_dir, split == "train", download=True))
-            pairs = [(label, TF.pil_to_tensor(image)) for image, label in dataset]
+            dataset = (torchvision.datasets.ImageFolder(data_dir / split, loader=read_image)
+                       if folders else torchvision.datasets.CIFAR10(
+                           data_dir, split == "train", TF.pil_to_tensor, download=True))
         except (OSError, RuntimeError) as error:
-            raise KDError(f"no CIFAR-10 in {data_dir} ({error}): put images into train/<class>/ "
-                          "and test/<class>/ there, or go online for torchvision to download it")
+            raise KDError(f"no CIFAR-10 in {data_dir} ({split}: {error}): put images into train/"
+                          "<class>/ and test/<class>/, or go online for torchvision to download it")
         if dataset.classes != list(CLASSES):  # one missing would shift the others' labels
             raise KDError(f"{data_dir / split} must hold ten folders: {', '.join(CLASSES)}")
-        for (path, _), (_, image) in zip(getattr(dataset, "samples", ()), pairs):  # if from files
-            if image.shape != (3, 32, 32):
-                raise KDError(f"{path} is {image.shape[2]}×{image.shape[1]} pixels, not 32×32")
-        labels, images = zip(*sorted(pairs, key=lambda pair: (pair[0], pair[1].numpy().tobytes())))
+        images, labels = zip(*sorted(dataset, key=lambda p: (p[1], p[0].numpy().tobytes())))
         tensors += [torch.stack(images), torch.tensor(labels)]
     return tuple(tensors)
 
@@ -138,12 +135,11 @@ def affine(images, angles, shears):
     Pixel for pixel torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]); F.affine_grid
     rounds otherwise (1 pixel in 2.5 million) and gives bf16 under autocast (1 in 27 differs)."""
     dtype = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
-    angle, shear = (degrees.to(images.device, dtype).deg2rad() for degrees in (angles, shears))
+    angle, shear = (t.to(images.device, dtype).deg2rad()[:, None, None] for t in (angles, shears))
     cos, sin, tan, half = angle.cos(), angle.sin(), shear.tan(), images.shape[-1] / 2
     # The inverse of rotation · shear: for each output pixel the place in the input to look at. Both
     # are measured from the image's centre; the result in halves of an image, for grid_sample.
-    inverse = torch.stack([cos - sin * tan, sin + cos * tan, -sin, cos]).float() / half
-    a, b, c, d = inverse[:, :, None, None]                                     # (N, 1, 1) each
+    a, b, c, d = (t.float() / half for t in (cos - sin * tan, sin + cos * tan, -sin, cos))
     x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)    # a row
     y = x[:, None]                                                             # a column
     grid = torch.stack([a * x + b * y, c * x + d * y], dim=-1)                 # (N, S, S, 2)
@@ -168,8 +164,8 @@ def normalise(images):
 
 def training_batches(images, labels, settings, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
-    Chance follows from (seed, epoch) alone: no epoch depends on what ran before it, and trainings
-    with one seed, such as distilled student and control, see the same images in the same order."""
+    Chance follows from (seed, epoch) alone: trainings with one seed, such as those of distilled
+    student and control, see the same images in the same order."""
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, epoch))
     order = torch.randperm(len(images), generator=generator)
     draws = draw_affine(len(images), settings.degrees, settings.shear, generator)
@@ -206,8 +202,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 # === 5. Training: one loop for all four, and when it stops =======================================
 class EarlyStopping:
     """Called with each epoch's mean training loss: True once it has changed by less than min_delta,
-    up or down, `patience` times in a row. (The distillation loss is on another scale than
-    cross-entropy: the same min_delta means something else there.)"""
+    up or down, `patience` times in a row. (Mind that the distillation loss has its own scale.)"""
     def __init__(self, patience, min_delta):
         self.patience, self.min_delta = patience, min_delta
         self.previous, self.in_a_row = float("inf"), 0
@@ -232,23 +227,28 @@ def predict(model, images):
 
 def write_file(path, save):
     """`save(file)` fills a temporary file, which then takes its place: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
+    with open(path.with_name(path.name + ".part"), "wb") as file:
         save(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, path)
+    os.replace(file.name, path)
 
-def weights_of(model):
-    return {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-
-def settings_of(args):
-    return {key: vars(args)[key] for key in ("starts_from", *SETTINGS) if key in args}
+def load_checkpoint(model, path):
+    """Fill the model from a .pt file, whoever made it: runs no code in it. Returns all it holds."""
+    try:
+        if path.read_bytes()[:2] != b"PK":  # older formats have had holes (CVE-2025-32434)
+            raise ValueError("not written by torch.save")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key, value in model.state_dict().items():
+            if (new := checkpoint[key]).shape != value.shape or not new.isfinite().all():
+                raise ValueError(f"{key} must be {tuple(value.shape)} finite numbers")
+            value.copy_(new)  # into the model, whose memory a state_dict shares
+        return checkpoint
+    except Exception as error:
+        raise KDError(f"{path} does not hold this network's weights: {error!r}"[:300])
 
 def fit(name, model, data, settings, folder, teacher=None, state=None):
-    """Train the model, with a teacher if there is one, and from where an interrupted training stood
-    if there is its state; leaves weights and log in `folder`."""
+    """Train the model, with a teacher and from earlier state if given; leaves weights and log."""
     train_images, train_labels, test_images, test_labels = data
     n, device = len(train_images), train_images.device
     model.to(device, memory_format=memory_format(device))
@@ -256,60 +256,55 @@ def fit(name, model, data, settings, folder, teacher=None, state=None):
         teacher.eval().requires_grad_(False)  # frozen: nothing of it is trained or recorded
     optimizer = torch.optim.SGD(model.parameters(), settings.lr, settings.momentum,
                                 weight_decay=settings.weight_decay)
-    early_stopping, log, last_plot = EarlyStopping(settings.patience, settings.min_delta), [], 0.0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        log = state["log"]
-    stop = [early_stopping(row["train_loss"]) for row in log][-1:] == [True]
-    while not stop and len(log) < settings.epochs:
-        epoch = len(log) + 1
+    early_stopping = EarlyStopping(settings.patience, settings.min_delta)
+    state = {"log": [], "optimizer": optimizer.state_dict(), **(state or {})}
+    optimizer.load_state_dict(state["optimizer"])
+    log, last_plot = state["log"], timeit.default_timer()
+    stop = any([early_stopping(row["train_loss"]) for row in log])
+    while not stop and (epoch := len(log) + 1) <= settings.epochs:
         model.train()
-        start, totals = time.perf_counter(), torch.zeros(2, device=device)  # loss, correct answers
-        bar = tqdm(total=n, desc=f"{name} {epoch}", unit=" images", leave=False, disable=None)
-        for inputs, labels in training_batches(train_images, train_labels, settings, epoch):
-            logits = logits_of(model, inputs)
-            if teacher is None:
-                loss = F.cross_entropy(logits, labels)
-            else:
-                loss = distillation_loss(logits, logits_of(teacher, inputs), labels,
-                                         settings.temperature, settings.alpha)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            totals += torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum()])
-            if bar.update(len(labels)):  # True when it is redrawn, on a terminal only
-                loss_so_far, accuracy = (totals / bar.n).tolist()  # waits for the device
-                bar.set_postfix_str(f"loss {loss_so_far:.3f}, accuracy {accuracy:.1%}")
-        bar.close()
+        start, totals = timeit.default_timer(), torch.zeros(2, device=device)  # loss, correct
+        with tqdm(total=n, desc=f"{name} {epoch}", unit=" image", leave=False, disable=None) as bar:
+            for x, labels in training_batches(train_images, train_labels, settings, epoch):
+                logits = logits_of(model, x)
+                loss = F.cross_entropy(logits, labels) if teacher is None else distillation_loss(
+                    logits, logits_of(teacher, x), labels, settings.temperature, settings.alpha)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                correct = (logits.argmax(1) == labels).sum()
+                totals += torch.stack([loss.detach() * len(labels), correct])
+                if bar.update(len(labels)):  # when it is redrawn, on a terminal only: this waits
+                    bar.set_postfix_str("loss {:.3f}, accuracy {:.1%}".format(*(totals / bar.n)))
         loss_sum, correct = totals.tolist()  # waits for the device
-        seconds = time.perf_counter() - start
+        seconds = timeit.default_timer() - start
         outputs = predict(model, test_images)  # watched, never used to choose anything
         row = {"epoch": epoch, "train_loss": loss_sum / n, "train_acc": 100 * correct / n,
                "test_loss": F.cross_entropy(outputs, test_labels).item(),
                "test_acc": 100 * (outputs.argmax(1) == test_labels).sum().item() / len(outputs),
                "seconds": seconds}
+        if not np.isfinite(row["train_loss"] + row["test_loss"]):
+            raise KDError(f"{name} diverged, its loss is not finite in epoch {epoch}: lower --lr")
         log.append({key: round(value, 6) for key, value in row.items()})
         print(f"{name:12}", *(f"{key} {value:<8.5g}" for key, value in row.items()), flush=True)
-        if time.perf_counter() - last_plot > 10:
-            write_log(folder, name, log)
-            last_plot = time.perf_counter()
         stop = early_stopping(log[-1]["train_loss"])
-        state = {"name": name, "model": weights_of(model), "optimizer": optimizer.state_dict(),
-                 "settings": settings_of(settings), "log": log}
-        write_file(folder / "unfinished.pt", lambda file: torch.save(state, file))
-    write_log(folder, name, log)
-    write_file(folder / f"{name}.pt", lambda file: torch.save(weights_of(model), file))
-    (folder / "unfinished.pt").unlink()
+        state.update(model.state_dict(), optimizer=optimizer.state_dict())  # flat: load_checkpoint
+        write_file(folder / f"unfinished.{name}.pt", lambda file: torch.save(state, file))
+        if timeit.default_timer() - last_plot > 10:
+            write_log(folder / f"unfinished.{name}", name, log)
+            last_plot = timeit.default_timer()
+    write_log(folder / f"{name}_train_logs", name, log)
+    weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    write_file(folder / f"{name}.pt", lambda file: torch.save(weights, file))
     return {"train_acc": log[-1]["train_acc"], "epochs": len(log),
             "seconds_per_epoch": float(np.median([row["seconds"] for row in log]))}
 
 # === 6. Evaluation: the table and the pictures ===================================================
-def write_log(folder, name, log):
-    """<name>_train_logs.csv, a row per epoch, and <name>_train_logs.png, its picture."""
+def write_log(stem, name, log):
+    """<stem>.csv, a row per epoch, and <stem>.png, its picture."""
     columns = {key: [row[key] for row in log] for key in log[0]}
     rows = list(zip(*columns.values()))
-    write_file(folder / f"{name}_train_logs.csv", lambda file: np.savetxt(
+    write_file(Path(f"{stem}.csv"), lambda file: np.savetxt(
         file, rows, "%.10g", ",", header=",".join(columns), comments=""))
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "acc"], ["table", "table"]], height_ratios=[4, 1])
@@ -317,31 +312,29 @@ def write_log(folder, name, log):
         for split, style in (("train", ".--"), ("test", ".-")):
             axes[kind].plot("epoch", f"{split}_{kind}", style, data=columns, label=split)
         axes[kind].set(title=f"{name}: {title}", xlabel="epoch")
+        axes[kind].locator_params(axis="x", integer=True)
         axes[kind].legend()
     axes["table"].axis("off")
-    axes["table"].table([[f"{value:.5g}" for value in row] for row in rows[-5:]],
-                        colLabels=list(columns), loc="center")
-    write_file(folder / f"{name}_train_logs.png", figure.savefig)
+    axes["table"].table(np.char.mod("%.5g", rows[-5:]), colLabels=list(columns), loc="center")
+    write_file(Path(f"{stem}.png"), figure.savefig)
 
 def write_grid(path, title, panels, images, labels, logits):
     """Six panels a row: (i, heading) shows image i with the answers, (i, None) its soft targets."""
-    rows = math.ceil(len(panels) / 6) or 1
+    rows = -(-len(panels) // 6) or 1
     figure = Figure(figsize=(13, 3.1 * rows), layout="constrained")
     figure.suptitle(title, fontsize=14)
     for place, (i, heading) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, 6, place)
         if heading is None:
-            for t, shift in ((1, -0.2), (5, 0.2)):
-                soft_targets = (logits[0, i] / t).softmax(0).numpy()
-                axes.bar(np.arange(10) + shift, soft_targets, 0.4, label=f"T = {t}")
+            for t, x in ((1, np.arange(10) - 0.2), (5, np.arange(10) + 0.2)):
+                axes.bar(x, (logits[0, i] / t).softmax(0).numpy(), 0.4, label=f"T = {t}")
             axes.set_xticks(range(10), CLASSES, rotation=90, fontsize=8)
             axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
             continue
         caption = heading + CLASSES[labels[i]].upper()
-        for name, answer in zip(("teacher", "student", "distilled"), logits[:, i].softmax(1)):
-            mark = "✓" if answer.argmax() == labels[i] else "✗"
-            caption += f"\n{mark} {name}: {CLASSES[answer.argmax()]} {answer.max():.0%}"
-        axes.imshow(images[i].permute(1, 2, 0).numpy())
+        for name, p, k in zip(("teacher", "student", "distilled"), *logits[:, i].softmax(1).max(1)):
+            caption += f"\n{'✓' if k == labels[i] else '✗'} {name}: {CLASSES[k]} {p:.0%}"
+        axes.imshow(images[i].permute(1, 2, 0).cpu().numpy())
         axes.set_title(caption, fontsize=8)
         axes.axis("off")
     write_file(path, figure.savefig)
@@ -377,14 +370,14 @@ def evaluate(args, get_data):
         bins = (confidence[i] * 15).long().clamp(0, 14)
         gaps = torch.zeros(15).index_add(0, bins, correct[i].float() - confidence[i]).abs()
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
-        rows[name] = {
-            "train_acc": result.pop("train_acc"), "test_acc": acc,
-            "sampling_error": (acc * (100 - acc) / n) ** 0.5, "change": acc - student,
-            "test_loss": F.cross_entropy(logits[i], labels).item(),
-            "params": params, "params_torchsummary": params + 3 * skip,  # it counts skip four times
-            "file_bytes": (folder / f"{name}.pt").stat().st_size, **result,
-            "images_per_second": len(batch) / seconds, "ece": gaps.sum().item() / n,
-            "agreement": (predictions[i] == predictions[0]).double().mean().item()}
+        rows[name] = {"train_acc": result["train_acc"], "test_acc": acc,
+                      "sampling_error": (acc * (100 - acc) / n) ** 0.5, "change": acc - student,
+                      "test_loss": F.cross_entropy(logits[i], labels).item(),
+                      "params": params, "params_torchsummary": params + 3 * skip,  # once per call
+                      "file_bytes": (folder / f"{name}.pt").stat().st_size,
+                      "epochs": result["epochs"], "seconds_per_epoch": result["seconds_per_epoch"],
+                      "images_per_second": len(batch) / seconds, "ece": gaps.sum().item() / n,
+                      "agreement": (predictions[i] == predictions[0]).double().mean().item()}
     verdict = (f"from the teacher = distilled − control = {distilled - control:+.2f} points, "
                f"from longer training = control − student = {control - student:+.2f} points")
     lines = [["", *rows["teacher"]], ["---"] * (1 + len(rows["teacher"]))]
@@ -393,25 +386,23 @@ def evaluate(args, get_data):
     summary = json.dumps({"rows": rows, "verdict": verdict, "test_images": n}, indent=2)
     write_file(folder / "summary.json", lambda file: file.write(summary.encode()))
     write_file(folder / "summary.md", lambda file: file.write(table.encode()))
-    print(table)
     shown = torch.linspace(0, n - 1, 12).long().tolist()  # all over the classes
     unsure = sorted(shown, key=lambda i: confidence[0, i])[:3]
-    pictured = images.cpu(), labels, logits
+    panels = [(i, "") for i in shown] + [(i, heading) for i in unsure for heading in ("", None)]
     write_grid(folder / "predictions.png", "What the networks answer; below, the teacher's soft "
-               "targets where it is least sure", [(i, "") for i in shown] + [
-                   (i, heading) for i in unsure for heading in ("", None)], *pictured)
+               "targets where it is least sure", panels, images, labels, logits)
     _, was, now, _ = correct
     surest = confidence[2].argsort(descending=True)
     groups = {"wrong after distillation": ~now, "mended": now & ~was, "introduced": was & ~now}
     counts = ", ".join(f"{chosen.sum():,} {group}" for group, chosen in groups.items())
-    write_grid(folder / "misclassified.png", f"Of {n:,} test images {counts}: the surest of each", [
-        (i, f"{group}\n") for group, chosen in groups.items()
-        for i in surest[chosen[surest]][:6]], *pictured)
+    panels = [(i, f"{group}\n") for group, mask in groups.items() for i in surest[mask[surest]][:6]]
+    write_grid(folder / "misclassified.png", f"Of {n:,} test images {counts}: the surest of each",
+               panels, images, labels, logits)
     write_confusion(folder / "confusion_matrix.png", labels, dict(zip(models, predictions)))
+    print(table)
 
 # === 7. Command line =============================================================================
-def refuse(message):
-    raise KDError(f"{message} (python kd.py --help lists the options)", 2)
+def refuse(message): raise KDError(f"{message} (python kd.py --help lists the options)", 2)
 
 def parse(argv, name=None):
     """The options; where they say nothing the recipe's training `name`, otherwise the defaults."""
@@ -421,7 +412,7 @@ def parse(argv, name=None):
     devices = [kind for kind, module in modules.items() if module.is_available()]
     option = parser.add_argument
     option("--stage", required=True, choices=["all", *STAGES, "evaluate"], help="all: each in turn")
-    option("--recipe", choices=[*RECIPES], default="reference", help="it may change the defaults")
+    option("--recipe", choices=[*RECIPES], default="reference", help="sets some defaults")
     option("--device", choices=["auto", *devices], default="auto", help="default: auto, the next")
     option("--data-dir", type=Path, default=Path("data"), help="default: data")
     option("--results-dir", type=Path, help="default: results/<recipe>")
@@ -448,62 +439,78 @@ def prepare(args):
         generator = torch.Generator().manual_seed(derived_seed(args.seed, 0))
         order, test_order = (torch.randperm(len(t), generator=generator) for t in data[1::2])
         data = data[0][order], data[1][order], data[2][test_order], data[3][test_order]
-    if n:
-        data = data[0][n:], data[1][n:], data[0][:n], data[1][:n]
-    return [t[:args.limit or None].to(args.device) for t in data]
+    data = [t[n:] for t in data[:2]] + [t[:n] for t in data[:2]] if n else data
+    data = [t[:args.limit or None].to(args.device) for t in data]
+    print(f"{len(data[1]):,} training images (of 50,000), {len(data[3]):,} test images (of 10,000)")
+    return data
 
 def read_runs(folder):
     """run.json: how each finished training was made."""
     return json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
 
+def require_same(path, made, wanted):
+    """Refuse what was made otherwise than is wanted, and name the difference."""
+    for key, new in wanted.items():
+        if (old := made.get(key)) != new:
+            raise KDError(f"{path} was made with {key} {old}, not {new}: use another --results-dir")
+
 def load_trained(name, args):
     """The network `name`, on the device, with the weights that its stage left on disk."""
-    path, run = args.results_dir / f"{name}.pt", read_runs(args.results_dir).get(name)
-    if not path.exists() or run is None:
-        stage = next(stage for stage in STAGES if STAGES[stage] == name)
-        command = re.sub(r"--stage[= ]\w+", f"--stage {stage}", args.command)
-        raise KDError(f"{path} is missing; this makes it: {command}")
-    for key in ("seed", "holdout", "limit"):
-        if run["settings"][key] != getattr(args, key):
-            raise KDError(f"{path} was made with --{key} {run['settings'][key]}, not --{key} "
-                          f"{getattr(args, key)}: give each run a --results-dir of its own")
+    path, runs = args.results_dir / f"{name}.pt", read_runs(args.results_dir)
+    if not path.exists() or name not in runs:
+        maker = "--stage " + next(stage for stage in STAGES if STAGES[stage] == name)
+        raise KDError(f"{path} is missing; run " + re.sub(r"--stage[= ]\w+", maker, args.command))
+    require_same(path, runs[name], {key: vars(args)[key] for key in ("seed", "holdout", "limit")})
     model = TeacherModel() if name == "teacher" else StudentModel()
-    model.load_state_dict(torch.load(path, weights_only=True))
+    load_checkpoint(model, path)
     return model.to(args.device, memory_format=memory_format(args.device))
 
 def train(stage, args, get_data):
     """Train STAGES[stage], which is also what its files are called; what it needs is on disk."""
-    name, folder = STAGES[stage], args.results_dir
+    name, folder, runs = STAGES[stage], args.results_dir, read_runs(args.results_dir)
     if stage == "control":  # the distilled student's training, but for the teacher
         load_trained("dist_student", args)  # or say that it is missing
-        distilled = read_runs(folder)["dist_student"]
-        n = distilled["result"]["epochs"]  # with as much patience, it takes them all
-        vars(args).update(distilled["settings"], alpha=1.0, epochs=n, patience=n)
+        was = runs["dist_student"]
+        vars(args).update({key: was[key] for key in ("starts_from", *SETTINGS)}, alpha=1.0)
+        args.epochs = args.patience = was["result"]["epochs"]  # as many, and never fewer
     kind = TeacherModel if stage == "teacher" else StudentModel
     start = getattr(args, "starts_from", None)
     model = load_trained(start, args) if start else new_network(kind, args.seed)
     teacher = load_trained("teacher", args) if stage == "distill" else None
-    state, unfinished = None, folder / "unfinished.pt"
-    if args.resume and read_runs(folder).get(name, {}).get("settings") == settings_of(args):
-        return print(f"{name} is finished")
-    if args.resume and unfinished.exists():
-        state = torch.load(unfinished, weights_only=True)
-        if (state["name"], state["settings"]) != (name, settings_of(args)):
-            raise KDError(f"{unfinished} is of {state['name']}, with {state['settings']}: the same "
-                          "command and --resume continues it, no --resume starts anew")
     data = get_data()
+    run = {"name": name, "recipe": args.recipe, "torch": str(torch.__version__),
+           "starts_from": start, **{key: vars(args)[key] for key in SETTINGS},
+           "images": hashlib.sha256(b"".join(t.cpu().numpy() for t in data)).hexdigest(),
+           "device": args.device.type, "bf16": has_bf16(args.device)}
+    state, unfinished = {"run": run, "log": []}, folder / f"unfinished.{name}.pt"
+    if args.resume and unfinished.exists():
+        state = load_checkpoint(model, unfinished)
+        require_same(unfinished, state.get("run", {}), run)
+        print(f"{name} goes on after epoch {len(state['log'])}")
+    elif args.resume and name in runs and (folder / f"{name}.pt").exists():
+        require_same(folder / "run.json", runs[name], run)
+        return print(f"{name} is finished")
+    elif args.resume or unfinished.exists():
+        print(f"{name} starts anew; there is {'nothing' if args.resume else unfinished} to resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"unfinished.{name}.part").touch()  # is it a place to write? ask before the work
     torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a spare one: it moves the BatchNorm
-    result = fit(name, model, data, args, folder, teacher, state)
+    try:
+        result = fit(name, model, data, args, folder, teacher, state)
+    except KeyboardInterrupt as stop:
+        raise KDError(f"{name} was stopped in epoch {len(state['log']) + 1}; to go on: "
+                      f"{args.command}{' --resume' * (not args.resume)}", 128 + (*stop.args, 2)[0])
     cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
-    later = list(STAGES.values())[max(2, list(STAGES).index(stage)):]  # what built on old weights
-    runs = {key: run for key, run in read_runs(folder).items() if key not in later}
-    runs[name] = {
-        "command": args.command, "recipe": args.recipe, "result": result,
-        "settings": settings_of(args),
-        "hardware": torch.cuda.get_device_name() if data[0].is_cuda else f"{len(cpus)} × {cpus[0]}",
-        "device": args.device.type, "bf16": has_bf16(args.device), "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "python": platform.python_version()}
+    cpu, gpu = f"{len(cpus)} × {cpus[0]}", data[0].is_cuda and torch.cuda.get_device_name()
+    names, i = [*STAGES.values()], [*STAGES].index(stage)
+    outdated = {name, *names[max(2, i):]}  # distillation and control build on what is now replaced
+    void = outdated.union(names[i:] if args.stage == "all" else ())
+    runs = {key: old for key, old in read_runs(folder).items() if key not in void}
+    runs[name] = {"command": args.command, **run, "result": result, "hardware": gpu or cpu,
+                  "torchvision": torchvision.__version__, "python": platform.python_version()}
     write_file(folder / "run.json", lambda file: file.write(json.dumps(runs, indent=2).encode()))
+    for path in [path for key in outdated for path in folder.glob(f"unfinished.{key}.*")]:
+        path.unlink()
 
 def main(argv=None):
     """Do what the command line asks for. Returns the exit code: 0, 2 for wrong options, else 1."""
@@ -521,10 +528,16 @@ def main(argv=None):
         return 0
     except KDError as error:
         message, code = (*error.args, 1)[:2]
-    except Exception as error:  # a full disk, too little memory, …
-        message, code = f"{type(error).__name__}: {error}", 1
+    except KeyboardInterrupt as stop:
+        message, code = "stopped", 128 + (*stop.args, 2)[0]
+    except Exception as error:  # a full disk, …
+        hint = "a lower --batch-size needs less memory: " if "memory" in repr(error).lower() else ""
+        message, code = f"{hint}{type(error).__name__}: {error}", 1
     print("kd.py:", " ".join(message.split()), file=sys.stderr)
     return code
 
+def interrupt(number, frame): raise KeyboardInterrupt(number)
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C does by itself, where number is 2
     sys.exit(main())
