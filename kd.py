@@ -137,8 +137,7 @@ def affine(images, angles, shears):
     dtype = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
     angle, shear = (t.to(images.device, dtype).deg2rad()[:, None, None] for t in (angles, shears))
     cos, sin, tan, half = angle.cos(), angle.sin(), shear.tan(), images.shape[-1] / 2
-    # The inverse of rotation · shear: for each output pixel the place in the input to look at. Both
-    # are measured from the image's centre; the result in halves of an image, for grid_sample.
+    # The inverse of rotation · shear: where to look in the input, in half images from its centre.
     a, b, c, d = (t.float() / half for t in (cos - sin * tan, sin + cos * tan, -sin, cos))
     x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)    # a row
     y = x[:, None]                                                             # a column
@@ -366,8 +365,7 @@ def evaluate(args, get_data):
     for i, (name, model) in enumerate(models.items()):
         acc, batch, result = test_acc[i], images[:1000], runs[name]["result"]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
-        # Expected calibration error: how far confidence is from accuracy, in 15 equal bins.
-        bins = (confidence[i] * 15).long().clamp(0, 14)
+        bins = (confidence[i] * 15).long().clamp(0, 14)  # ECE: |confidence - accuracy|, in 15 bins
         gaps = torch.zeros(15).index_add(0, bins, correct[i].float() - confidence[i]).abs()
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
         rows[name] = {"train_acc": result["train_acc"], "test_acc": acc,
