@@ -244,7 +244,8 @@ def load_checkpoint(model, path):
             value.copy_(new)  # into the model, whose memory a state_dict shares
         return checkpoint
     except Exception as error:
-        raise KDError(f"{path} does not hold this network's weights: {error!r}"[:300])
+        reason = f"{type(error).__name__}: {error}".partition(". ")[0]  # not torch's further advice
+        raise KDError(f"{path} does not hold this network's weights: {reason}")
 
 def fit(name, model, data, settings, folder, teacher=None, state=None):
     """Train the model, with a teacher and from earlier state if given; leaves weights and log."""
