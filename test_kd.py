@@ -712,7 +712,7 @@ def test_signals_at_any_moment_cost_at_most_the_epoch_in_progress(data_dir, tmp_
     assert run(*options("whole")) == 0
     span, expected = time.monotonic() - began, epochs(capsys.readouterr().out)
     assert len(expected) == 12
-    rng, seen, kills, end = random.Random(0), [], 0, time.monotonic() + 15
+    rng, seen, kills, end = random.Random(0), [], 0, time.monotonic() + 10
     while kills < 2 or time.monotonic() < end:
         process = start()
         kind = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
