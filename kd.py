@@ -34,7 +34,7 @@ SETTINGS = {  # of a training, and each an option too: (default, lowest, highest
     "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
     "shear": (10.0, 0.0, 80.0, "training images are x-sheared by up to ± so many degrees"),   # [t]
-    "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),              # [n]
+    "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),                         # [n]
     "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
     "patience": (5, 1, 10_000, "a training stops after so many epochs on a plateau"),         # [n]
     "min_delta": (0.02, 0.0, 1000.0, "a plateau: the training loss changes by less"),         # [n]
@@ -288,7 +288,7 @@ def fit(name, model, data, settings, folder, teacher=None, state=None):
         log.append({key: round(value, 6) for key, value in row.items()})
         print(f"{name:12}", *(f"{key} {value:<8.5g}" for key, value in row.items()), flush=True)
         stop = early_stopping(log[-1]["train_loss"])
-        state.update(model.state_dict(), optimizer=optimizer.state_dict())  # flat: load_checkpoint
+        state.update(model.state_dict(), optimizer=optimizer.state_dict())  # what --resume needs
         write_file(folder / f"unfinished.{name}.pt", lambda file: torch.save(state, file))
         if timeit.default_timer() - last_plot > 10:
             write_log(folder / f"unfinished.{name}", name, log)
@@ -528,7 +528,7 @@ def main(argv=None):
     except KDError as error:
         message, code = (*error.args, 1)[:2]
     except KeyboardInterrupt as stop:
-        message, code = "stopped", 128 + (*stop.args, 2)[0]
+        message, code = "stopped", 128 + (*stop.args, 2)[0]  # Ctrl-C has no number: 2
     except Exception as error:  # a full disk, …
         hint = "a lower --batch-size needs less memory: " if "memory" in repr(error).lower() else ""
         message, code = f"{hint}{type(error).__name__}: {error}", 1
