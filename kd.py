@@ -3,9 +3,7 @@
 A label says "cat". A trained teacher says more: a cat, perhaps a dog, certainly no truck. Most of
 that hides in probabilities close to zero, until a temperature T > 1 divides the logits and lifts
 them (Hinton, Vinyals & Dean 2015, arXiv:1503.02531). The student learns from labels and from that:
-
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
-
 Did the teacher help? Distillation starts from the trained student, so that it also trains longer. A
 control starts from the same weights: same optimizer, images, order and epochs, but labels alone.
 `python kd.py --stage all` trains all four; weights, logs, pictures and table: results/reference.
@@ -43,7 +41,7 @@ RECIPES = {"reference": {  # where a training differs from these defaults; the c
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
     # alpha [n]; lr [m, on held-out training images]: 0.01 learns less, 0.05 throws it off for good.
     "dist_student": {"starts_from": "student", "lr": 0.02, "weight_decay": 5e-4, "alpha": 0.5}}}
-STAGES = dict(teacher="teacher", student="student", distill="dist_student", control="control")
+STAGES = dict(teacher="teacher", student="student", dist_student="distill", control="control")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -103,11 +101,11 @@ def read_image(path):
     """An image file, whatever its colour mode → uint8 (3, 32, 32), RGB."""
     try:
         image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+        if image.shape != (3, 32, 32):
+            raise ValueError(f"it has {image.shape[2]}×{image.shape[1]} pixels")
+        return image
     except Exception as error:  # Pillow raises all kinds, for files that are not what they seem
-        raise KDError(f"{path} is no readable image: {error}")
-    if image.shape != (3, 32, 32):
-        raise KDError(f"{path} is {image.shape[2]}×{image.shape[1]} pixels, not 32×32")
-    return image
+        raise KDError(f"{path} is no readable image of 32×32 pixels: {error}")
 
 def load_cifar10(data_dir):
     """(train_images, train_labels, test_images, test_labels): uint8 (N, 3, 32, 32), int64 (N,).
@@ -132,16 +130,14 @@ def load_cifar10(data_dir):
 def affine(images, angles, shears):
     """Rotate and x-shear each image by its own angles: nearest neighbour, black outside.
     images (N, 3, S, S), 0–255, uint8 or float; angles, shears (N,) in degrees → float32, 0–255.
-    Pixel for pixel torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]); F.affine_grid
-    rounds otherwise (1 pixel in 2.5 million) and gives bf16 under autocast (1 in 27 differs)."""
+    Equals torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]); F.affine_grid does not."""
     dtype = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
     angle, shear = (t.to(images.device, dtype).deg2rad()[:, None, None] for t in (angles, shears))
     cos, sin, tan, half = angle.cos(), angle.sin(), shear.tan(), images.shape[-1] / 2
     # The inverse of rotation · shear: where to look in the input, in half images from its centre.
     a, b, c, d = (t.float() / half for t in (cos - sin * tan, sin + cos * tan, -sin, cos))
-    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)    # a row
-    y = x[:, None]                                                             # a column
-    grid = torch.stack([a * x + b * y, c * x + d * y], dim=-1)                 # (N, S, S, 2)
+    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)  # a row; y: a column
+    grid = torch.stack([a * x + b * x[:, None], c * x + d * x[:, None]], dim=-1)  # (N, S, S, 2)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
 def draw_affine(n, degrees, shear, generator):
@@ -178,11 +174,9 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
     Logits (N, C), any float type, computed in float32; targets int64 (N,). The teacher gets no
     gradient. After Hinton et al. 2015, section 2. An image of a cat, as a teacher may see it:
-
         logits   cat 8       dog 5       truck 0
         T = 1    cat 0.952   dog 0.047   truck 0.000   hardly more than the label
         T = 5    cat 0.571   dog 0.313   truck 0.115   a cat; rather like a dog, unlike a truck
-
     Which side is the target? KL(p ‖ q) = Σ p (log p - log q) weighs by p, the teacher: wherever it
     sees a likeness the student has to see one. F.kl_div wants log q first, then log p. Both come
     from log_softmax, since a softmax can underflow to 0, whose log is -inf.
@@ -215,8 +209,7 @@ def has_bf16(device):  # a CPU without the instructions emulates them, at a craw
     return torch.cuda.get_device_capability()[0] > 7 if device.type == "cuda" else "bf16" in CPUINFO
 
 def logits_of(model, inputs):
-    kind = "cuda" if inputs.is_cuda else "cpu"
-    with torch.autocast(kind, torch.bfloat16, enabled=has_bf16(inputs.device)):
+    with torch.autocast(inputs.device.type, torch.bfloat16, has_bf16(inputs.device)):
         return model(inputs).float()
 
 @torch.no_grad()
@@ -235,8 +228,6 @@ def write_file(path, save):
 def load_checkpoint(model, path):
     """Fill the model from a .pt file, whoever made it: runs no code in it. Returns all it holds."""
     try:
-        if path.read_bytes()[:2] != b"PK":  # older formats have had holes (CVE-2025-32434)
-            raise ValueError("not written by torch.save")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key, value in model.state_dict().items():
             if (new := checkpoint[key]).shape != value.shape or not new.isfinite().all():
@@ -259,7 +250,7 @@ def fit(name, model, data, settings, folder, teacher=None, state=None):
     early_stopping = EarlyStopping(settings.patience, settings.min_delta)
     state = {"log": [], "optimizer": optimizer.state_dict(), **(state or {})}
     optimizer.load_state_dict(state["optimizer"])
-    log, last_plot = state["log"], timeit.default_timer()
+    log = state["log"]
     stop = any([early_stopping(row["train_loss"]) for row in log])
     while not stop and (epoch := len(log) + 1) <= settings.epochs:
         model.train()
@@ -276,8 +267,7 @@ def fit(name, model, data, settings, folder, teacher=None, state=None):
                 totals += torch.stack([loss.detach() * len(labels), correct])
                 if bar.update(len(labels)):  # when it is redrawn, on a terminal only: this waits
                     bar.set_postfix_str("loss {:.3f}, accuracy {:.1%}".format(*(totals / bar.n)))
-        loss_sum, correct = totals.tolist()  # waits for the device
-        seconds = timeit.default_timer() - start
+        loss_sum, correct, seconds = *totals.tolist(), timeit.default_timer() - start  # waits
         outputs = predict(model, test_images)  # watched, never used to choose anything
         row = {"epoch": epoch, "train_loss": loss_sum / n, "train_acc": 100 * correct / n,
                "test_loss": F.cross_entropy(outputs, test_labels).item(),
@@ -290,9 +280,8 @@ def fit(name, model, data, settings, folder, teacher=None, state=None):
         stop = early_stopping(log[-1]["train_loss"])
         state.update(model.state_dict(), optimizer=optimizer.state_dict())  # what --resume needs
         write_file(folder / f"unfinished.{name}.pt", lambda file: torch.save(state, file))
-        if timeit.default_timer() - last_plot > 10:
+        if timeit.default_timer() // 10 > start // 10:  # drawing takes a moment: once in 10 s
             write_log(folder / f"unfinished.{name}", name, log)
-            last_plot = timeit.default_timer()
     write_log(folder / f"{name}_train_logs", name, log)
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     write_file(folder / f"{name}.pt", lambda file: torch.save(weights, file))
@@ -308,10 +297,10 @@ def write_log(stem, name, log):
         file, rows, "%.10g", ",", header=",".join(columns), comments=""))
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.subplot_mosaic([["loss", "acc"], ["table", "table"]], height_ratios=[4, 1])
-    for kind, title in (("loss", "loss"), ("acc", "accuracy (%)")):
+    for kind, title, scale in (("loss", "loss", "log"), ("acc", "accuracy (%)", "linear")):
         for split, style in (("train", ".--"), ("test", ".-")):
             axes[kind].plot("epoch", f"{split}_{kind}", style, data=columns, label=split)
-        axes[kind].set(title=f"{name}: {title}", xlabel="epoch")
+        axes[kind].set(title=f"{name}: {title}", xlabel="epoch", yscale=scale)
         axes[kind].locator_params(axis="x", integer=True)
         axes[kind].legend()
     axes["table"].axis("off")
@@ -356,7 +345,7 @@ def write_confusion(path, labels, predictions):
 def evaluate(args, get_data):
     """Test what is on disk; leaves summary.json, summary.md and three pictures beside it."""
     folder, runs, rows = args.results_dir, read_runs(args.results_dir), {}
-    models = {name: load_trained(name, args) for name in STAGES.values()}
+    models = {name: load_trained(name, args) for name in STAGES}
     _, _, images, labels = get_data()
     logits = torch.stack([predict(model, images) for model in models.values()]).cpu()  # (4, N, 10)
     labels, n = labels.cpu(), len(labels)
@@ -364,10 +353,9 @@ def evaluate(args, get_data):
     correct = predictions == labels
     _, student, distilled, control = test_acc = (100 * correct.double().mean(1)).tolist()
     for i, (name, model) in enumerate(models.items()):
-        acc, batch, result = test_acc[i], images[:1000], runs[name]["result"]
+        acc, sure, batch, result = test_acc[i], confidence[i], images[:1000], runs[name]["result"]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
-        bins = (confidence[i] * 15).long().clamp(0, 14)  # ECE: |confidence - accuracy|, in 15 bins
-        gaps = torch.zeros(15).index_add(0, bins, correct[i].float() - confidence[i]).abs()
+        gaps = np.histogram(sure, 15, (0, 1), weights=correct[i].double() - sure)[0]  # for the ECE
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
         rows[name] = {"train_acc": result["train_acc"], "test_acc": acc,
                       "sampling_error": (acc * (100 - acc) / n) ** 0.5, "change": acc - student,
@@ -375,7 +363,7 @@ def evaluate(args, get_data):
                       "params": params, "params_torchsummary": params + 3 * skip,  # once per call
                       "file_bytes": (folder / f"{name}.pt").stat().st_size,
                       "epochs": result["epochs"], "seconds_per_epoch": result["seconds_per_epoch"],
-                      "images_per_second": len(batch) / seconds, "ece": gaps.sum().item() / n,
+                      "images_per_second": len(batch) / seconds, "ece": np.abs(gaps).sum() / n,
                       "agreement": (predictions[i] == predictions[0]).double().mean().item()}
     verdict = (f"from the teacher = distilled − control = {distilled - control:+.2f} points, "
                f"from longer training = control − student = {control - student:+.2f} points")
@@ -407,18 +395,17 @@ def parse(argv, name=None):
     """The options; where they say nothing the recipe's training `name`, otherwise the defaults."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse  # argparse itself would print two lines and exit
-    modules = {"cuda": torch.cuda, "mps": torch.backends.mps, "cpu": torch.cpu}
-    devices = [kind for kind, module in modules.items() if module.is_available()]
-    option = parser.add_argument
-    option("--stage", required=True, choices=["all", *STAGES, "evaluate"], help="all: each in turn")
-    option("--recipe", choices=[*RECIPES], default="reference", help="sets some defaults")
-    option("--device", choices=["auto", *devices], default="auto", help="default: auto, the next")
-    option("--data-dir", type=Path, default=Path("data"), help="default: data")
-    option("--results-dir", type=Path, help="default: results/<recipe>")
-    option("--resume", action="store_true", help="continue what was interrupted")
+    devices = [kind for kind in ("cuda", "mps", "cpu") if getattr(torch, kind).is_available()]
+    add = parser.add_argument
+    add("--stage", required=True, choices=["all", *STAGES.values(), "evaluate"], help="which part")
+    add("--recipe", choices=[*RECIPES], default="reference", help="sets some defaults")
+    add("--device", choices=["auto", *devices], default="auto", help="default: auto, the next")
+    add("--data-dir", type=Path, default=Path("data"), help="default: data")
+    add("--results-dir", type=Path, help="default: results/<recipe>")
+    add("--resume", action="store_true", help="continue what was interrupted")
     for key, (default, low, high, meaning) in SETTINGS.items():
-        option(f"--{key.replace('_', '-')}", type=type(default), default=default, metavar="N",
-               help=f"{meaning}; {low:,} to {high:,}, else {default:,}")
+        add(f"--{key.replace('_', '-')}", type=type(default), default=default, metavar="N",
+            help=f"{meaning}; {low:,} to {high:,}, else {default:,}")
     parser.set_defaults(**RECIPES[parser.parse_args(argv).recipe].get(name, {}))
     args = parser.parse_args(argv)
     for key, (_, low, high, _) in SETTINGS.items():
@@ -457,25 +444,25 @@ def load_trained(name, args):
     """The network `name`, on the device, with the weights that its stage left on disk."""
     path, runs = args.results_dir / f"{name}.pt", read_runs(args.results_dir)
     if not path.exists() or name not in runs:
-        maker = "--stage " + next(stage for stage in STAGES if STAGES[stage] == name)
-        raise KDError(f"{path} is missing; run " + re.sub(r"--stage[= ]\w+", maker, args.command))
+        command = re.sub(r"--stage[= ]\w+", f"--stage {STAGES[name]}", args.command)
+        raise KDError(f"{path} is missing; run {command}")
     require_same(path, runs[name], {key: vars(args)[key] for key in ("seed", "holdout", "limit")})
     model = TeacherModel() if name == "teacher" else StudentModel()
     load_checkpoint(model, path)
     return model.to(args.device, memory_format=memory_format(args.device))
 
-def train(stage, args, get_data):
-    """Train STAGES[stage], which is also what its files are called; what it needs is on disk."""
-    name, folder, runs = STAGES[stage], args.results_dir, read_runs(args.results_dir)
-    if stage == "control":  # the distilled student's training, but for the teacher
+def train(name, args, get_data):
+    """One of the four trainings; its files bear its name, and what it starts from is on disk."""
+    folder, runs = args.results_dir, read_runs(args.results_dir)
+    if name == "control":  # the distilled student's training, but for the teacher
         load_trained("dist_student", args)  # or say that it is missing
         was = runs["dist_student"]
         vars(args).update({key: was[key] for key in ("starts_from", *SETTINGS)}, alpha=1.0)
         args.epochs = args.patience = was["result"]["epochs"]  # as many, and never fewer
-    kind = TeacherModel if stage == "teacher" else StudentModel
+    kind = TeacherModel if name == "teacher" else StudentModel
     start = getattr(args, "starts_from", None)
     model = load_trained(start, args) if start else new_network(kind, args.seed)
-    teacher = load_trained("teacher", args) if stage == "distill" else None
+    teacher = load_trained("teacher", args) if name == "dist_student" else None
     data = get_data()
     run = {"name": name, "recipe": args.recipe, "torch": str(torch.__version__),
            "starts_from": start, **{key: vars(args)[key] for key in SETTINGS},
@@ -501,7 +488,7 @@ def train(stage, args, get_data):
                       f"{args.command}{' --resume' * (not args.resume)}", 128 + (*stop.args, 2)[0])
     cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
     cpu, gpu = f"{len(cpus)} × {cpus[0]}", data[0].is_cuda and torch.cuda.get_device_name()
-    names, i = [*STAGES.values()], [*STAGES].index(stage)
+    names, i = [*STAGES], [*STAGES].index(name)
     outdated = {name, *names[max(2, i):]}  # distillation and control build on what is now replaced
     void = outdated.union(names[i:] if args.stage == "all" else ())
     runs = {key: old for key, old in read_runs(folder).items() if key not in void}
@@ -519,9 +506,9 @@ def main(argv=None):
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
         get_data = functools.cache(lambda: prepare(args))  # once, when a stage has all else
-        for stage in STAGES:
+        for name, stage in STAGES.items():
             if args.stage in ("all", stage):
-                train(stage, parse(argv, STAGES[stage]), get_data)
+                train(name, parse(argv, name), get_data)
         if args.stage in ("all", "evaluate"):
             evaluate(args, get_data)
         return 0

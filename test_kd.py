@@ -946,7 +946,7 @@ DATA = {  # what is wrong: how it comes about in the data folder d, what the lin
     "no training images": (lambda d: shutil.rmtree(d / "train"), "train"),
     "a file for a split": (lambda d: (shutil.rmtree(d / "train"), make_file(d / "train")), "train"),
     "a large image": (lambda d: Image.new("RGB", (64, 48)).save(d / "train/cat/0.png"),
-                      "train/cat/0.png is 64×48"),
+                      "train/cat/0.png is no readable image of 32×32 pixels: it has 64×48"),
     "half an image": (lambda d: cut_short(d / "train/cat/3.png"), "train/cat/3.png"),
     "an image's header": (lambda d: cut_short(d / "test/cat/3.png", 0.01), "test/cat/3.png"),
     "an empty file": (lambda d: make_file(d / "test/dog/1.png", b""), "test/dog/1.png"),
