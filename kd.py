@@ -9,10 +9,10 @@ control starts from the same weights: same optimizer, images, order and epochs, 
 `python kd.py --stage all` trains all four; weights, logs, pictures and table: results/reference.
 """
 import argparse, ctypes, functools, hashlib, json, os, platform, re, shlex, signal, sys, timeit
+import zipfile
 from pathlib import Path
 
-import numpy as np
-import torch, torchsummary, torchvision
+import numpy as np, torch, torchsummary, torchvision
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
@@ -228,6 +228,7 @@ def write_file(path, save):
 def load_checkpoint(model, path):
     """Fill the model from a .pt file, whoever made it: runs no code in it. Returns all it holds."""
     try:
+        zipfile.ZipFile(path).close()  # fails if torch.save did not make it
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key, value in model.state_dict().items():
             if (new := checkpoint[key]).shape != value.shape or not new.isfinite().all():
@@ -523,7 +524,6 @@ def main(argv=None):
     return code
 
 def interrupt(number, frame): raise KeyboardInterrupt(number)
-
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, interrupt)  # as Ctrl-C does by itself, where number is 2
     sys.exit(main())
