@@ -11,7 +11,6 @@ control starts from the same weights: same optimizer, images, order and epochs, 
 import argparse, ctypes, functools, hashlib, json, os, platform, re, shlex, signal, sys, timeit
 import zipfile
 from pathlib import Path
-
 import numpy as np, torch, torchsummary, torchvision
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -32,7 +31,7 @@ SETTINGS = {  # of a training, and each an option too: (default, lowest, highest
     "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
     "shear": (10.0, 0.0, 80.0, "training images are x-sheared by up to ± so many degrees"),   # [t]
-    "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),                         # [n]
+    "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),                        # [n]
     "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
     "patience": (5, 1, 10_000, "a training stops after so many epochs on a plateau"),         # [n]
     "min_delta": (0.02, 0.0, 1000.0, "a plateau: the training loss changes by less"),         # [n]
@@ -177,6 +176,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
         logits   cat 8       dog 5       truck 0
         T = 1    cat 0.952   dog 0.047   truck 0.000   hardly more than the label
         T = 5    cat 0.571   dog 0.313   truck 0.115   a cat; rather like a dog, unlike a truck
+
     Which side is the target? KL(p ‖ q) = Σ p (log p - log q) weighs by p, the teacher: wherever it
     sees a likeness the student has to see one. F.kl_div wants log q first, then log p. Both come
     from log_softmax, since a softmax can underflow to 0, whose log is -inf.
@@ -228,7 +228,7 @@ def write_file(path, save):
 def load_checkpoint(model, path):
     """Fill the model from a .pt file, whoever made it: runs no code in it. Returns all it holds."""
     try:
-        zipfile.ZipFile(path).close()  # fails if torch.save did not make it
+        zipfile.ZipFile(path).close()  # torch.save's format; any other fails here
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for key, value in model.state_dict().items():
             if (new := checkpoint[key]).shape != value.shape or not new.isfinite().all():
