@@ -27,10 +27,14 @@ SETTINGS = {  # of a training, and each an option too: (default, lowest, highest
     "epochs": (100, 1, 10_000, "at most so many epochs"),                                     # [t]
     "batch_size": (2048, 1, 50_000, "images per step"),                                       # [n]
     "lr": (0.01, 1e-9, 100.0, "learning rate"),                                               # [n]
+    "warmup": (0.0, 0.0, 1.0, "share of the epochs at whose start lr rises from 0"),
+    "cooldown": (0.0, 0.0, 1.0, "share of the epochs at whose end lr falls to 0"),
     "momentum": (0.9, 0.0, 0.999, "SGD's momentum"),                                          # [n]
     "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
     "shear": (10.0, 0.0, 80.0, "training images are x-sheared by up to ± so many degrees"),   # [t]
+    "shift": (0, 0, 16, "training images are moved by up to ± so many pixels, both ways"),
+    "flip": (0.0, 0.0, 1.0, "share of the training images that are mirrored"),
     "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),                        # [n]
     "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
     "patience": (5, 1, 10_000, "a training stops after so many epochs on a plateau"),         # [n]
@@ -40,6 +44,10 @@ RECIPES = {"reference": {  # where a training differs from these defaults; the c
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
     # alpha [n]; lr [m, on held-out training images]: 0.01 learns less, 0.05 throws it off for good.
     "dist_student": {"starts_from": "student", "lr": 0.02, "weight_decay": 5e-4, "alpha": 0.5}}}
+STRONG = {"epochs": 30, "batch_size": 256, "lr": 0.1, "warmup": 0.2, "cooldown": 0.8, "shift": 4,
+          "flip": 0.5, "degrees": 0.0, "shear": 0.0, "weight_decay": 5e-4,
+          "patience": 10_000}  # lr falls to 0 by plan: a plateau says nothing
+RECIPES["strong"] = {"teacher": STRONG, "student": STRONG, "dist_student": {**STRONG, "alpha": 0.5}}
 STAGES = dict(teacher="teacher", student="student", dist_student="distill", control="control")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
@@ -126,23 +134,28 @@ def load_cifar10(data_dir):
         tensors += [torch.stack(images), torch.tensor(labels)]
     return tuple(tensors)
 
-def affine(images, angles, shears):
-    """Rotate and x-shear each image by its own angles: nearest neighbour, black outside.
-    images (N, 3, S, S), 0–255, uint8 or float; angles, shears (N,) in degrees → float32, 0–255.
-    Equals torchvision's affine(image, angle, [0, 0], 1.0, [shear, 0.0]); F.affine_grid does not."""
+def affine(images, angles, shears, dx=0, dy=0, mirror=1):
+    """Mirror (-1), rotate, x-shear, move each image by its own: nearest neighbour, black outside.
+    images (N, 3, S, S), 0–255, uint8 or float; angles and shears in degrees, dx and dy in pixels,
+    each (N,) → float32, 0–255. Equals torchvision's affine to the pixel; F.affine_grid does not."""
     dtype = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
-    angle, shear = (t.to(images.device, dtype).deg2rad()[:, None, None] for t in (angles, shears))
-    cos, sin, tan, half = angle.cos(), angle.sin(), shear.tan(), images.shape[-1] / 2
+    angle, shear, dx, dy, mirror = (torch.as_tensor(t).to(images.device, dtype)[..., None, None]
+                                    for t in (angles, shears, dx, dy, mirror))
+    angle, tan, half = angle.deg2rad(), shear.deg2rad().tan(), images.shape[-1] / 2
+    cos, sin = angle.cos(), angle.sin()
     # The inverse of rotation · shear: where to look in the input, in half images from its centre.
     a, b, c, d = (t.float() / half for t in (cos - sin * tan, sin + cos * tan, -sin, cos))
-    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)  # a row; y: a column
-    grid = torch.stack([a * x + b * x[:, None], c * x + d * x[:, None]], dim=-1)  # (N, S, S, 2)
+    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)
+    x, y = x - dx.float(), x[:, None] - dy.float()                             # a row, a column
+    grid = torch.stack([mirror.float() * (a * x + b * y), c * x + d * y], -1)  # (N, S, S, 2)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
-def draw_affine(n, degrees, shear, generator):
-    """n angles and n shears, float32 (n,), uniform in ±degrees and ±shear, from a CPU generator."""
-    angles, shears = torch.rand(2, n, generator=generator) * 2 - 1
-    return angles * degrees, shears * shear
+def draw_affine(n, degrees, shear, generator, shift=0, flip=0.0):
+    """Arguments for `affine`, float32 (n,) each, from a CPU generator: angles and shears uniform in
+    ±degrees and ±shear, dx and dy whole numbers in ±shift, mirror -1 with probability flip."""
+    u = torch.rand(5, n, generator=generator)
+    (angles, shears), (dx, dy) = u[:2] * 2 - 1, (u[2:4] * (2 * shift + 1)).floor() - shift
+    return angles * degrees, shears * shear, dx, dy, torch.where(u[4] < flip, -1.0, 1.0)
 
 def random_affine(images, degrees, shear, generator):
     """`affine` with one draw per image; the generator lives on the CPU, wherever the images do."""
@@ -162,10 +175,11 @@ def training_batches(images, labels, settings, epoch):
     student and control, see the same images in the same order."""
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, epoch))
     order = torch.randperm(len(images), generator=generator)
-    draws = draw_affine(len(images), settings.degrees, settings.shear, generator)
+    draws = draw_affine(len(images), settings.degrees, settings.shear, generator, settings.shift,
+                        settings.flip)
     chunks = [t.to(images.device).split(settings.batch_size) for t in (order, *draws)]
-    for index, angles, shears in zip(*chunks):
-        yield normalise(affine(images[index], angles, shears)), labels[index]
+    for index, *draw in zip(*chunks):
+        yield normalise(affine(images[index], *draw)), labels[index]
 
 # === 4. The loss: what this file is about ========================================================
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha):
@@ -241,7 +255,7 @@ def load_checkpoint(model, path):
 
 def fit(name, model, data, settings, folder, teacher=None, state=None):
     """Train the model, with a teacher and from earlier state if given; leaves weights and log."""
-    train_images, train_labels, test_images, test_labels = data
+    train_images, _, test_images, test_labels = data
     n, device = len(train_images), train_images.device
     model.to(device, memory_format=memory_format(device))
     if teacher is not None:
@@ -253,11 +267,15 @@ def fit(name, model, data, settings, folder, teacher=None, state=None):
     optimizer.load_state_dict(state["optimizer"])
     log = state["log"]
     stop = any([early_stopping(row["train_loss"]) for row in log])
+    rise, fall = settings.warmup, 1 - settings.cooldown  # when lr has risen; when it starts to fall
     while not stop and (epoch := len(log) + 1) <= settings.epochs:
         model.train()
         start, totals = timeit.default_timer(), torch.zeros(2, device=device)  # loss, correct
         with tqdm(total=n, desc=f"{name} {epoch}", unit=" image", leave=False, disable=None) as bar:
-            for x, labels in training_batches(train_images, train_labels, settings, epoch):
+            for i, (x, labels) in enumerate(training_batches(*data[:2], settings, epoch)):
+                progress = (epoch - 1 + i * settings.batch_size / n) / settings.epochs
+                optimizer.param_groups[0]["lr"] = settings.lr * float(np.interp(
+                    progress, (0, rise, max(rise, fall), 1), (0, 1, 1, 0)))
                 logits = logits_of(model, x)
                 loss = F.cross_entropy(logits, labels) if teacher is None else distillation_loss(
                     logits, logits_of(teacher, x), labels, settings.temperature, settings.alpha)
@@ -346,13 +364,14 @@ def write_confusion(path, labels, predictions):
 def evaluate(args, get_data):
     """Test what is on disk; leaves summary.json, summary.md and three pictures beside it."""
     folder, runs, rows = args.results_dir, read_runs(args.results_dir), {}
-    models = {name: load_trained(name, args) for name in STAGES}
+    models = {name: load_trained(name, args) for name in args.trainings}
     _, _, images, labels = get_data()
     logits = torch.stack([predict(model, images) for model in models.values()]).cpu()  # (4, N, 10)
     labels, n = labels.cpu(), len(labels)
     confidence, predictions = logits.softmax(2).max(2)
     correct = predictions == labels
-    _, student, distilled, control = test_acc = (100 * correct.double().mean(1)).tolist()
+    test_acc = (100 * correct.double().mean(1)).tolist()
+    _, student, distilled, control = [*test_acc, test_acc[1]][:4]  # no control: the student is it
     for i, (name, model) in enumerate(models.items()):
         acc, sure, batch, result = test_acc[i], confidence[i], images[:1000], runs[name]["result"]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
@@ -379,8 +398,7 @@ def evaluate(args, get_data):
     panels = [(i, "") for i in shown] + [(i, heading) for i in unsure for heading in ("", None)]
     write_grid(folder / "predictions.png", "What the networks answer; below, the teacher's soft "
                "targets where it is least sure", panels, images, labels, logits)
-    _, was, now, _ = correct
-    surest = confidence[2].argsort(descending=True)
+    was, now, surest = *correct[1:3], confidence[2].argsort(descending=True)
     groups = {"wrong after distillation": ~now, "mended": now & ~was, "introduced": was & ~now}
     counts = ", ".join(f"{chosen.sum():,} {group}" for group, chosen in groups.items())
     panels = [(i, f"{group}\n") for group, mask in groups.items() for i in surest[mask[surest]][:6]]
@@ -412,6 +430,9 @@ def parse(argv, name=None):
     for key, (_, low, high, _) in SETTINGS.items():
         if not low <= (value := getattr(args, key)) <= high:  # true of nan, too
             refuse(f"--{key.replace('_', '-')} must be from {low:,} to {high:,}, not {value}")
+    args.trainings = [*STAGES][:4 if "starts_from" in RECIPES[args.recipe]["dist_student"] else 3]
+    if args.stage == "control" and "control" not in args.trainings:
+        refuse("--stage control: here the student is the control, it differs in the loss alone")
     args.device = torch.device(devices[0] if args.device == "auto" else args.device)
     args.results_dir = args.results_dir or Path("results", args.recipe)
     args.command = shlex.join(["python", "kd.py", *(sys.argv[1:] if argv is None else argv)])
@@ -507,8 +528,8 @@ def main(argv=None):
             libc = ctypes.CDLL(None)
             libc.mallopt(-4, 0), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
         get_data = functools.cache(lambda: prepare(args))  # once, when a stage has all else
-        for name, stage in STAGES.items():
-            if args.stage in ("all", stage):
+        for name in args.trainings:
+            if args.stage in ("all", STAGES[name]):
                 train(name, parse(argv, name), get_data)
         if args.stage in ("all", "evaluate"):
             evaluate(args, get_data)

@@ -193,7 +193,7 @@ def test_torchvision_s_layout_gives_the_same_tensors(data, tmp_path, monkeypatch
 def test_affine_equals_torchvision_pixel_for_pixel():
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (520, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    angles, shears = kd.draw_affine(520, 10, 10, generator)
+    angles, shears, *_ = kd.draw_affine(520, 10, 10, generator)
     extremes = [(a, s) for a in (-10.0, 0.0, 10.0) for s in (-10.0, 0.0, 10.0)] + [
         (90.0, 0.0), (-90.0, 0.0), (180.0, 0.0), (45.0, 0.0), (30.0, 40.0), (170.0, -60.0)]
     angles[:len(extremes)], shears[:len(extremes)] = torch.tensor(extremes).T
@@ -208,7 +208,8 @@ def test_affine_equals_torchvision_pixel_for_pixel():
 
 
 def test_random_affine_draws_for_each_image_within_the_range():
-    angles, shears = kd.draw_affine(20_000, 10, 7, torch.Generator().manual_seed(0))
+    angles, shears, *still = kd.draw_affine(20_000, 10, 7, torch.Generator().manual_seed(0))
+    assert [set(draw.tolist()) for draw in still] == [{0}, {0}, {1}]
     for draws, limit in ((angles, 10), (shears, 7)):
         assert draws.abs().max() <= limit
         assert draws.min() < -0.99 * limit and draws.max() > 0.99 * limit
@@ -218,6 +219,23 @@ def test_random_affine_draws_for_each_image_within_the_range():
     out = kd.random_affine(image, 10, 10, torch.Generator().manual_seed(5))
     assert len({o.numpy().tobytes() for o in out}) == 50
     assert torch.equal(out, kd.random_affine(image, 10, 10, torch.Generator().manual_seed(5)))
+
+
+def test_moves_and_mirrors_equal_torchvision_s():
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    draws = kd.draw_affine(500, 0, 0, generator, shift=5, flip=0.3)
+    for values, allowed in zip(draws, ({0}, {0}, {*range(-5, 6)}, {*range(-5, 6)}, {-1, 1})):
+        assert {*values.tolist()} == allowed and values.shape == (500,)
+    assert (draws[4] < 0).double().mean() == pytest.approx(0.3, abs=0.07)
+    assert not torch.equal(draws[2], draws[3])
+    theirs = [TVF.affine(TVF.hflip(image) if mirror < 0 else image, 0.0, [int(dx), int(dy)], 1.0,
+                         [0.0, 0.0], InterpolationMode.NEAREST, fill=0)
+              for image, _, _, dx, dy, mirror in zip(images, *draws)]
+    assert torch.equal(kd.affine(images, *draws), torch.stack(theirs).float())
+    turned = kd.affine(images, torch.full((500,), 90.0), draws[1], 3, -2, -1)  # in this order
+    theirs = [TVF.affine(TVF.hflip(i), 90.0, [3, -2], 1.0, [0.0, 0.0]) for i in images]
+    assert torch.equal(turned, torch.stack(theirs).float())
 
 
 def test_normalise_equals_torchvision(data):
@@ -357,6 +375,21 @@ def test_early_stopping(losses, stops_at):
     stopping = kd.EarlyStopping(patience=3, min_delta=0.25 if 1.75 in losses else 0.02)
     answers = [stopping(loss) for loss in losses]
     assert (answers.index(True) + 1 if True in answers else None) == stops_at
+
+
+@pytest.mark.parametrize("warmup, cooldown", [(0.0, 0.0), (0.25, 0.75), (0.2, 0.3), (0.0, 1.0)])
+def test_learning_rate(warmup, cooldown, data, tmp_path, monkeypatch):
+    """Recorded at every step of a training, against a trapezoid written out here."""
+    seen, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *args: (
+        seen.append(self.param_groups[0]["lr"]), step(self, *args))[1])
+    kd.fit("x", kd.new_network(kd.StudentModel, 0), [t[::4] for t in data], settings(
+        epochs=5, batch_size=10, lr=0.001, warmup=warmup, cooldown=cooldown), tmp_path)
+    assert len(seen) == 20
+    for i, lr in enumerate(seen):
+        part = min([1] + ([i / 20 / warmup] if warmup else [])
+                   + ([(1 - i / 20) / cooldown] if cooldown else []))
+        assert lr == pytest.approx(0.001 * part, abs=1e-9)
 
 
 def test_early_stopping_ends_a_training(data, tmp_path):
@@ -520,6 +553,39 @@ def test_run_json_says_how_each_was_made(finished):
     assert distilled == {**plain, "starts_from": "student", "alpha": 0.5, "weight_decay": 5e-4}
     assert {key for key in distilled if distilled[key] != control[key]} == {"alpha", "patience"}
     assert control["alpha"] == 1
+
+
+def test_strong_recipe_s_student_is_the_control(data_dir, tmp_path, capsys, monkeypatch):
+    """Same initial weights, same images, same epochs: student and distilled differ in the loss."""
+    where = ["--recipe", "strong", "--data-dir", data_dir, "--results-dir", tmp_path / "results",
+             "--device", "cpu", "--epochs", 2, "--batch-size", 40, "--limit", 80]
+    assert "the student is the control" in refused(capsys, 2, "--stage", "control", *where)
+    started, seen, fit, batches = {}, {}, kd.fit, kd.training_batches
+
+    def spy_fit(name, model, *args):
+        started[name] = copy.deepcopy(model.state_dict())
+        seen[name] = []
+        return fit(name, model, *args)
+
+    def spy_batches(*args):
+        for inputs, labels in batches(*args):
+            seen[[*seen][-1]].append((inputs.clone(), labels))
+            yield inputs, labels
+
+    monkeypatch.setattr(kd, "fit", spy_fit)
+    monkeypatch.setattr(kd, "training_batches", spy_batches)
+    assert run("--stage", "all", *where) == 0
+    assert list(seen) == ["teacher", "student", "dist_student"]
+    student, distilled = (started[name] for name in ("student", "dist_student"))
+    assert all(torch.equal(student[key], distilled[key]) for key in student)
+    assert len(seen["student"]) == len(seen["dist_student"]) == 4
+    for a, b in zip(seen["student"], seen["dist_student"]):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    rows = json.loads((tmp_path / "results" / "summary.json").read_text())["rows"]
+    assert list(rows) == ["teacher", "student", "dist_student"]
+    gain = rows["dist_student"]["test_acc"] - rows["student"]["test_acc"]
+    assert f"from the teacher = distilled − control = {gain:+.2f}" in (
+        tmp_path / "results" / "summary.md").read_text()
 
 
 def test_control_takes_the_distilled_student_s_settings_and_epochs(finished, data_dir, tmp_path):
@@ -840,7 +906,7 @@ def test_evaluate_survives_perfect_and_diverged_students(data, tmp_path, monkeyp
             answers[:len(images)] if value is None else answers[:len(images)] * value))
         for name in NAMES:
             (tmp_path / f"{name}.pt").touch()
-        kd.evaluate(argparse.Namespace(results_dir=tmp_path), lambda: data)
+        kd.evaluate(argparse.Namespace(results_dir=tmp_path, trainings=NAMES), lambda: data)
         row = json.loads((tmp_path / "summary.json").read_text())["rows"]["dist_student"]
         assert row["test_acc"] == (100 if value is None else 10)
 
