@@ -44,7 +44,7 @@ RECIPES = {"reference": {  # where a training differs from these defaults; the c
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
     # alpha [n]; lr [m, on held-out training images]: 0.01 learns less, 0.05 throws it off for good.
     "dist_student": {"starts_from": "student", "lr": 0.02, "weight_decay": 5e-4, "alpha": 0.5}}}
-STRONG = {"epochs": 30, "batch_size": 256, "lr": 0.1, "warmup": 0.2, "cooldown": 0.8, "shift": 4,
+STRONG = {"epochs": 60, "batch_size": 128, "lr": 0.05, "warmup": 0.2, "cooldown": 0.8, "shift": 4,
           "flip": 0.5, "degrees": 0.0, "shear": 0.0, "weight_decay": 5e-4,
           "patience": 10_000}  # lr falls to 0 by plan: a plateau says nothing
 RECIPES["strong"] = {"teacher": STRONG, "student": STRONG, "dist_student": {**STRONG, "alpha": 0.5}}
