@@ -1,10 +1,10 @@
 """Knowledge distillation in one file: a small network learns from a large one, on CIFAR-10.
 
 A label says "cat". A trained teacher says more: a cat, perhaps a dog, certainly no truck. Most of
-that hides in probabilities close to zero, until a temperature T > 1 divides the logits and lifts
+that hides in probabilities close to zero, until a temperature T > 1, dividing the logits, lifts
 them (Hinton, Vinyals & Dean 2015, arXiv:1503.02531). The student learns from labels and from that:
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
-Did the teacher help? Distillation starts from the trained student, so that it also trains longer. A
+Did the teacher help? Distillation starts from the trained student, so it has trained longer, too. A
 control starts from the same weights: same optimizer, images, order and epochs, but labels alone.
 `python kd.py --stage all` trains all four; weights, logs, pictures and table: results/reference.
 """
@@ -27,8 +27,8 @@ SETTINGS = {  # of a training, and each an option too: (default, lowest, highest
     "epochs": (100, 1, 10_000, "at most so many epochs"),                                     # [t]
     "batch_size": (2048, 1, 50_000, "images per step"),                                       # [n]
     "lr": (0.01, 1e-9, 100.0, "learning rate"),                                               # [n]
-    "warmup": (0.0, 0.0, 1.0, "share of the epochs at whose start lr rises from 0"),
-    "cooldown": (0.0, 0.0, 1.0, "share of the epochs at whose end lr falls to 0"),
+    "warmup": (0.0, 0.0, 1.0, "share of all epochs, the first ones, in which lr rises from 0"),
+    "cooldown": (0.0, 0.0, 1.0, "share of all epochs, the last ones, in which lr falls to 0"),
     "momentum": (0.9, 0.0, 0.999, "SGD's momentum"),                                          # [n]
     "weight_decay": (0.0, 0.0, 1.0, "SGD's weight decay"),                                    # [n]
     "degrees": (10.0, 0.0, 180.0, "training images are rotated by up to ± so many degrees"),  # [t]
@@ -38,7 +38,7 @@ SETTINGS = {  # of a training, and each an option too: (default, lowest, highest
     "temperature": (5.0, 0.01, 1000.0, "T, which divides the logits"),                        # [n]
     "alpha": (1.0, 0.0, 1.0, "weight of the labels; 1 - alpha is that of the soft targets"),
     "patience": (5, 1, 10_000, "a training stops after so many epochs on a plateau"),         # [n]
-    "min_delta": (0.02, 0.0, 1000.0, "a plateau: the training loss changes by less"),         # [n]
+    "min_delta": (0.02, 0.0, 1000.0, "a plateau: training loss changes by less per epoch"),   # [n]
 }
 RECIPES = {"reference": {  # where a training differs from these defaults; the control: see train()
     # From the trained student [n]; SGD with weight decay [t], where the notebook has Adam at 1e-3;
@@ -54,7 +54,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the
 CPUINFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 class KDError(Exception):
-    """KDError(what is wrong and what to do, in one line; the exit code, 1 if left out)."""
+    """Its arguments: one line, what is wrong and what to do; the exit code, unless it is 1."""
 
 # === 2. Two networks: one design, two widths =====================================================
 def block(c_in, c_out):
@@ -135,9 +135,9 @@ def load_cifar10(data_dir):
     return tuple(tensors)
 
 def affine(images, angles, shears, dx=0, dy=0, mirror=1):
-    """Mirror (-1), rotate, x-shear, move each image by its own: nearest neighbour, black outside.
+    """Mirror (-1), x-shear, rotate, move each image by its own: nearest neighbour, black outside.
     images (N, 3, S, S), 0–255, uint8 or float; angles and shears in degrees, dx and dy in pixels,
-    each (N,) → float32, 0–255. Equals torchvision's affine to the pixel; F.affine_grid does not."""
+    each (N,) → float32, 0–255. The pixels of torchvision's affine on tensors, to the last one."""
     dtype = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
     angle, shear, dx, dy, mirror = (torch.as_tensor(t).to(images.device, dtype)[..., None, None]
                                     for t in (angles, shears, dx, dy, mirror))
@@ -171,8 +171,7 @@ def normalise(images):
 
 def training_batches(images, labels, settings, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
-    Chance follows from (seed, epoch) alone: trainings with one seed, such as those of distilled
-    student and control, see the same images in the same order."""
+    Chance follows from (seed, epoch) alone: with one seed every training sees the same batches."""
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, epoch))
     order = torch.randperm(len(images), generator=generator)
     draws = draw_affine(len(images), settings.degrees, settings.shear, generator, settings.shift,
@@ -186,14 +185,14 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     """alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T) → scalar.
 
     Logits (N, C), any float type, computed in float32; targets int64 (N,). The teacher gets no
-    gradient. After Hinton et al. 2015, section 2. An image of a cat, as a teacher may see it:
+    gradient. After Hinton et al. 2015, section 2. A cat, as a teacher of three classes may see it:
         logits   cat 8       dog 5       truck 0
         T = 1    cat 0.952   dog 0.047   truck 0.000   hardly more than the label
-        T = 5    cat 0.571   dog 0.313   truck 0.115   a cat; rather like a dog, unlike a truck
+        T = 5    cat 0.571   dog 0.313   truck 0.115   a cat, more like a dog than a truck
 
-    Which side is the target? KL(p ‖ q) = Σ p (log p - log q) weighs by p, the teacher: wherever it
-    sees a likeness the student has to see one. F.kl_div wants log q first, then log p. Both come
-    from log_softmax, since a softmax can underflow to 0, whose log is -inf.
+    Which side is the target? With p and q the softmax of teacher's and student's logits / T,
+    KL(p ‖ q) = Σ p (log p - log q) weighs by p: where the teacher sees a likeness the student must.
+    F.kl_div wants log q, then log p, both from log_softmax: a softmax may be 0, whose log is -inf.
 
     Why T²? KL alone has the gradient (q - p) / T in the student's logits, and for large T, q - p
     shrinks as 1/T as well. T² makes up for both: alpha means much the same at every T.
@@ -208,8 +207,8 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
 
 # === 5. Training: one loop for all four, and when it stops =======================================
 class EarlyStopping:
-    """Called with each epoch's mean training loss: True once it has changed by less than min_delta,
-    up or down, `patience` times in a row. (Mind that the distillation loss has its own scale.)"""
+    """Called with each epoch's mean training loss: True once it has changed by less than min_delta
+    `patience` times in a row, up or down; a slow steady fall counts. (Each loss has its scale.)"""
     def __init__(self, patience, min_delta):
         self.patience, self.min_delta = patience, min_delta
         self.previous, self.in_a_row = float("inf"), 0
@@ -366,7 +365,7 @@ def evaluate(args, get_data):
     folder, runs, rows = args.results_dir, read_runs(args.results_dir), {}
     models = {name: load_trained(name, args) for name in args.trainings}
     _, _, images, labels = get_data()
-    logits = torch.stack([predict(model, images) for model in models.values()]).cpu()  # (4, N, 10)
+    logits = torch.stack([predict(model, images) for model in models.values()]).cpu()  # (·, N, 10)
     labels, n = labels.cpu(), len(labels)
     confidence, predictions = logits.softmax(2).max(2)
     correct = predictions == labels
@@ -375,7 +374,7 @@ def evaluate(args, get_data):
     for i, (name, model) in enumerate(models.items()):
         acc, sure, batch, result = test_acc[i], confidence[i], images[:1000], runs[name]["result"]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
-        gaps = np.histogram(sure, 15, (0, 1), weights=correct[i].double() - sure)[0]  # for the ECE
+        gaps = np.histogram(sure, 15, (0, 1), weights=correct[i].double() - sure)[0]  # × images
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
         rows[name] = {"train_acc": result["train_acc"], "test_acc": acc,
                       "sampling_error": (acc * (100 - acc) / n) ** 0.5, "change": acc - student,
@@ -385,8 +384,9 @@ def evaluate(args, get_data):
                       "epochs": result["epochs"], "seconds_per_epoch": result["seconds_per_epoch"],
                       "images_per_second": len(batch) / seconds, "ece": np.abs(gaps).sum() / n,
                       "agreement": (predictions[i] == predictions[0]).double().mean().item()}
-    verdict = (f"from the teacher = distilled − control = {distilled - control:+.2f} points, "
-               f"from longer training = control − student = {control - student:+.2f} points")
+    verdict = f"from the teacher = distilled − control = {distilled - control:+.2f} points" + (
+        f", from longer training = control − student = {control - student:+.2f} points"
+        if "control" in models else " (the student is the control)")
     lines = [["", *rows["teacher"]], ["---"] * (1 + len(rows["teacher"]))]
     lines += [[name, *(f"{round(v, 4):,}" for v in row.values())] for name, row in rows.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{verdict}\n"
@@ -418,7 +418,7 @@ def parse(argv, name=None):
     add = parser.add_argument
     add("--stage", required=True, choices=["all", *STAGES.values(), "evaluate"], help="which part")
     add("--recipe", choices=[*RECIPES], default="reference", help="sets some defaults")
-    add("--device", choices=["auto", *devices], default="auto", help="default: auto, the next")
+    add("--device", choices=["auto", *devices], default="auto", help="default: auto, the first")
     add("--data-dir", type=Path, default=Path("data"), help="default: data")
     add("--results-dir", type=Path, help="default: results/<recipe>")
     add("--resume", action="store_true", help="continue what was interrupted")
@@ -467,7 +467,7 @@ def load_trained(name, args):
     path, runs = args.results_dir / f"{name}.pt", read_runs(args.results_dir)
     if not path.exists() or name not in runs:
         command = re.sub(r"--stage[= ]\w+", f"--stage {STAGES[name]}", args.command)
-        raise KDError(f"{path} is missing; run {command}")
+        raise KDError(f"{path} is missing or outdated; run {command}")
     require_same(path, runs[name], {key: vars(args)[key] for key in ("seed", "holdout", "limit")})
     model = TeacherModel() if name == "teacher" else StudentModel()
     load_checkpoint(model, path)
@@ -502,7 +502,7 @@ def train(name, args, get_data):
         print(f"{name} starts anew; there is {'nothing' if args.resume else unfinished} to resume")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"unfinished.{name}.part").touch()  # is it a place to write? ask before the work
-    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a spare one: it moves the BatchNorm
+    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a spare one: BatchNorm is updated
     try:
         result = fit(name, model, data, args, folder, teacher, state)
     except KeyboardInterrupt as stop:
@@ -511,7 +511,7 @@ def train(name, args, get_data):
     cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
     cpu, gpu = f"{len(cpus)} × {cpus[0]}", data[0].is_cuda and torch.cuda.get_device_name()
     names, i = [*STAGES], [*STAGES].index(name)
-    outdated = {name, *names[max(2, i):]}  # distillation and control build on what is now replaced
+    outdated = {name, *names[max(2, i):] * (i != 1 or "control" in args.trainings)}  # built on it
     void = outdated.union(names[i:] if args.stage == "all" else ())
     runs = {key: old for key, old in read_runs(folder).items() if key not in void}
     runs[name] = {"command": args.command, **run, "result": result, "hardware": gpu or cpu,
@@ -521,7 +521,7 @@ def train(name, args, get_data):
         path.unlink()
 
 def main(argv=None):
-    """Do what the command line asks for. Returns the exit code: 0, 2 for wrong options, else 1."""
+    """Do what the command line asks for. Returns the exit code: 0, 1, 2 or 128 + signal."""
     try:
         args = parse(argv)
         if platform.libc_ver()[0] == "glibc":  # keep freed memory: page faults cost a third

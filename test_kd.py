@@ -586,6 +586,8 @@ def test_strong_recipe_s_student_is_the_control(data_dir, tmp_path, capsys, monk
     gain = rows["dist_student"]["test_acc"] - rows["student"]["test_acc"]
     assert f"from the teacher = distilled − control = {gain:+.2f}" in (
         tmp_path / "results" / "summary.md").read_text()
+    assert run("--stage", "student", *where) == 0  # on which the distilled student does not build
+    assert "dist_student" in json.loads((tmp_path / "results" / "run.json").read_text())
 
 
 def test_control_takes_the_distilled_student_s_settings_and_epochs(finished, data_dir, tmp_path):
