@@ -195,7 +195,7 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     F.kl_div wants log q, then log p, both from log_softmax: a softmax may be 0, whose log is -inf.
 
     Why T²? KL alone has the gradient (q - p) / T in the student's logits, and for large T, q - p
-    shrinks as 1/T as well. T² makes up for both: alpha means much the same at every T.
+    shrinks as 1/T as well. T² makes up for both: alpha means much the same at every large T.
 
     Why batchmean? KL is a sum over classes; "mean" would also divide by their number, ten."""
     student_logits, teacher_logits = student_logits.float(), teacher_logits.detach().float()
