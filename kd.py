@@ -47,7 +47,7 @@ RECIPES = {"reference": {  # where a training differs from these defaults; the c
 STRONG = {"epochs": 60, "batch_size": 128, "lr": 0.05, "warmup": 0.2, "cooldown": 0.8, "shift": 4,
           "flip": 0.5, "degrees": 0.0, "shear": 0.0, "weight_decay": 5e-4, "patience": 10_000}
 RECIPES["strong"] = {"teacher": STRONG, "student": STRONG,  # lr falls by plan: no early stopping
-                     "dist_student": {**STRONG, "temperature": 4.0, "alpha": 0.1}}  # see README [m]
+                     "dist_student": {**STRONG, "temperature": 4.0, "alpha": 0.1}}  # [m], see README
 STAGES = dict(teacher="teacher", student="student", dist_student="distill", control="control")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # R, G, B of the training images
