@@ -374,7 +374,7 @@ def evaluate(args, get_data):
     for i, (name, model) in enumerate(models.items()):
         acc, sure, batch, result = test_acc[i], confidence[i], images[:1000], runs[name]["result"]
         seconds = np.median(timeit.repeat(lambda: predict(model, batch).cpu(), number=1, repeat=5))
-        gaps = np.histogram(sure, 15, (0, 1), weights=correct[i].double() - sure)[0]  # × images
+        gaps = np.histogram(sure, 15, (0, 1), weights=correct[i].double() - sure)[0]  # sums
         params, skip = (sum(p.numel() for p in part.parameters()) for part in (model, model.skip))
         rows[name] = {"train_acc": result["train_acc"], "test_acc": acc,
                       "sampling_error": (acc * (100 - acc) / n) ** 0.5, "change": acc - student,
@@ -511,7 +511,7 @@ def train(name, args, get_data):
     cpus = re.findall(r"model name\s*: (.*)", CPUINFO) or [platform.processor()]
     cpu, gpu = f"{len(cpus)} × {cpus[0]}", data[0].is_cuda and torch.cuda.get_device_name()
     names, i = [*STAGES], [*STAGES].index(name)
-    outdated = {name, *names[max(2, i):] * (i != 1 or "control" in args.trainings)}  # built on it
+    outdated = {name, *names[max(2, i):] * (i != 1 or "control" in args.trainings)}  # build on it
     void = outdated.union(names[i:] if args.stage == "all" else ())
     runs = {key: old for key, old in read_runs(folder).items() if key not in void}
     runs[name] = {"command": args.command, **run, "result": result, "hardware": gpu or cpu,
