@@ -555,6 +555,22 @@ def test_run_json_says_how_each_was_made(finished):
     assert control["alpha"] == 1
 
 
+def test_training_batches_are_moved_and_mirrored_as_the_settings_say():
+    images = torch.randint(1, 256, (60, 3, 32, 32), dtype=torch.uint8)  # 0 comes from outside
+    plain = dict(degrees=0.0, shear=0.0, batch_size=60)
+    (x, order), = kd.training_batches(images, torch.arange(60), settings(**plain, flip=1.0), 1)
+    assert torch.equal(x, kd.normalise(images.flip(-1)[order].float()))
+    (x, order), = kd.training_batches(images, torch.arange(60), settings(**plain, shift=1), 1)
+    padded, found = torch.nn.functional.pad(images[order], (1, 1, 1, 1)), set()
+    for i in range(60):
+        crops = {(r, c): padded[i:i + 1, :, r:r + 32, c:c + 32] for r in range(3) for c in range(3)}
+        where = [place for place, crop in crops.items()
+                 if torch.equal(x[i:i + 1], kd.normalise(crop.float()))]
+        assert len(where) == 1
+        found.update(where)
+    assert len(found) == 9  # all places
+
+
 def test_strong_recipe_s_student_is_the_control(data_dir, tmp_path, capsys, monkeypatch):
     """Same initial weights, same images, same epochs: student and distilled differ in the loss."""
     where = ["--recipe", "strong", "--data-dir", data_dir, "--results-dir", tmp_path / "results",
