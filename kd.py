@@ -790,7 +790,7 @@ def draw_accuracy(path, logs):
 
 def show_image(axes, data, image, text=""):
     """A test image under its label and a text."""
-    axes.imshow(data.test_images[image].permute(1, 2, 0))
+    axes.imshow(data.test_images[image].permute(1, 2, 0).numpy())
     axes.set_title(f"{CLASSES[data.test_labels[image]]}{text}", fontsize=9)
     axes.axis("off")
 
@@ -804,7 +804,7 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
         image = least_sure[column * len(least_sure) // 10].item()
         show_image(panels[0, column], data, image)
         for t, shift in ((1, -0.2), (temperature, 0.2)):
-            soft_targets = (teacher_logits[image] / t).softmax(dim=0)
+            soft_targets = (teacher_logits[image] / t).softmax(dim=0).numpy()
             panels[1, column].bar(np.arange(10) + shift, soft_targets, 0.4, label=f"T = {t:g}")
         panels[1, column].set_xticks(range(10), CLASSES, rotation=90)
         panels[1, column].legend()
@@ -856,7 +856,7 @@ def draw_confusion(path, data, logits):
     labels = F.one_hot(data.test_labels, 10).float()
     for axes, name in zip(panels, ("student", "dist_student"), strict=True):
         answers = F.one_hot(logits[name].argmax(dim=1), 10).float()
-        shares = 100 * (labels.T @ answers) / labels.sum(dim=0)[:, None]
+        shares = (100 * labels.T @ answers / labels.sum(dim=0)[:, None]).numpy()
         axes.imshow(shares, cmap="Blues", vmax=150)  # 100 stays light enough for black figures
         for (row, column), share in np.ndenumerate(shares):
             axes.text(column, row, f"{share:.0f}", ha="center", va="center")
