@@ -807,6 +807,7 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
             soft_targets = (teacher_logits[image] / t).softmax(dim=0).numpy()
             panels[1, column].bar(np.arange(10) + shift, soft_targets, 0.4, label=f"T = {t:g}")
         panels[1, column].set_xticks(range(10), CLASSES, rotation=90)
+        panels[1, column].set_ylim(0, 1)
         panels[1, column].legend()
     save_figure(path, figure)
 
