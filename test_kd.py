@@ -609,3 +609,49 @@ def test_a_link_to_a_parent_folder_multiplies_no_images(data_dir, data, tmp_path
     root = shutil.copytree(data_dir, tmp_path / "data")
     (root / "train" / "cat" / "again").symlink_to(root / "train" / "cat")
     assert torch.equal(kd.load_cifar10(root)[0], data[0])
+
+
+def test_a_step_on_cuda_neither_copies_nor_waits_and_convolves_in_bf16(monkeypatch):
+    """With fake CUDA tensors, which know device, shape and type, but hold no numbers."""
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    copies = []
+    convolutions = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = str(function)
+            if "_local_scalar_dense" in name:
+                copies.append(name)
+                return 0.0
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and "copy" in name:
+                devices = {a.device for a in args if isinstance(a, torch.Tensor)}
+                if devices and devices != {result.device}:
+                    copies.append(name)
+            if "aten.convolution" in name or "cudnn_convolution" in name:
+                convolutions.append(result.dtype)
+            return result
+
+    monkeypatch.setattr(kd, "bf16_is_faster", lambda device: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
+    counts = []
+    for n in (40, 80):  # two steps, four steps
+        copies.clear()
+        with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), Watch():
+            images = torch.zeros(n, 3, 32, 32, dtype=torch.uint8, device="cuda")
+            labels = torch.zeros(n, dtype=torch.int64, device="cuda")
+            data = kd.Data(images, labels, images, labels)
+            with torch.device("cuda"):
+                teacher = kd.TeacherModel()
+                student = kd.StudentModel()
+            optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
+            copies.clear()
+            settings = kd.Settings(batch_size=20)
+            kd.train_epoch(student, teacher, optimizer, data, settings, 0, 1)
+        counts.append(len(copies))
+    assert convolutions and set(convolutions) == {torch.bfloat16}
+    assert counts[0] == counts[1], copies  # those of an epoch, none of a step
