@@ -946,7 +946,7 @@ STAGES = {
 
 def new_network(kind, args):
     """A TeacherModel or StudentModel; its initial weights follow from the seed."""
-    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a spare one: it changes BatchNorm
+    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a trial run, with a spare
     torch.manual_seed(args.seed)
     return kind().to(args.device, memory_format=torch.channels_last)
 

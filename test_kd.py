@@ -32,7 +32,7 @@ def float32(monkeypatch):
     monkeypatch.setattr(kd, "bf16_is_faster", lambda device: False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """A learnable set: in each class a square of its colour, somewhere on dark noise."""
     root = tmp_path_factory.mktemp("data")
@@ -50,7 +50,7 @@ def data_dir(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(data_dir):
     return kd.load_cifar10(data_dir)
 
@@ -60,7 +60,7 @@ def run(data_dir, folder, stage, *options):
     return kd.main([str(option) for option in options] + ["--device", "cpu"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
     """The results of `--stage all` on the small set."""
     folder = tmp_path_factory.mktemp("runs") / "all"
