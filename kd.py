@@ -21,7 +21,6 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -193,15 +192,14 @@ class Data(NamedTuple):
 
 def load_cifar10(data_dir):
     """Data from data_dir/{train,test}/<class>/*.png if there are such folders, otherwise from
-    torchvision's CIFAR10, which downloads it. A seed means the same for both: each split is
-    sorted by label and pixels. UserError if images are missing or unreadable."""
+    torchvision's CIFAR10, which downloads it. UserError if images are missing or unreadable."""
     train_images, train_labels = load_split(Path(data_dir), "train")
     test_images, test_labels = load_split(Path(data_dir), "test")
     return Data(train_images, train_labels, test_images, test_labels)
 
 
 def load_split(data_dir, split):
-    """Images and labels of "train" or "test"."""
+    """Images and labels of "train" or "test", with the classes mixed."""
     try:
         if (data_dir / "train").exists() or (data_dir / "test").exists():
             dataset = torchvision.datasets.ImageFolder(data_dir / split)
@@ -221,10 +219,15 @@ def load_split(data_dir, split):
         ) from error
     if dataset.classes != CLASSES:  # with a class missing, others would get its label
         raise UserError(f"{data_dir / split} must hold ten folders: {', '.join(CLASSES)}")
-    keys = [(labels[i], images[i].tobytes()) for i in range(len(labels))]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
+    # Sorted by digest: an order that is as good as random, and the same for both layouts.
+    order = np.lexsort([labels, [digest(image.tobytes()) for image in images]])
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     return images, torch.tensor(labels)[order]
+
+
+def digest(content):
+    """16 hexadecimal digits that stand for these bytes: other bytes, other digits."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def read_image(path):
@@ -240,30 +243,26 @@ def read_image(path):
         raise UserError(f"{path} is no RGB image of 32×32 pixels: {error}") from error
 
 
-def choose_images(data, holdout, limit, seed):
-    """Shuffle both splits. `holdout` training images, if any, take the test images' place;
-    `limit`, unless it is 0, shortens both splits."""
-    generator = random_generator(seed, epoch=0)
-    order = torch.randperm(len(data.train_labels), generator=generator)
-    test_order = torch.randperm(len(data.test_labels), generator=generator)
-    test_images = data.test_images[test_order]
-    test_labels = data.test_labels[test_order]
-    if holdout >= len(order):
-        raise UserError(f"--holdout {holdout} leaves none of {len(order)} training images")
+def choose_images(data, holdout, limit):
+    """`holdout` training images, if any, take the test images' place: choose settings by them, not
+    by the test images. Then `limit`, unless it is 0, shortens both splits."""
+    if holdout >= len(data.train_labels):
+        raise UserError(f"--holdout {holdout}: there are {len(data.train_labels)} training images")
     if holdout > 0:
-        test_images = data.train_images[order[:holdout]]
-        test_labels = data.train_labels[order[:holdout]]
-    if limit == 0:
-        limit = len(order)
-    order = order[holdout:][:limit]
-    train_images = data.train_images[order]
-    train_labels = data.train_labels[order]
-    return Data(train_images, train_labels, test_images[:limit], test_labels[:limit])
+        data = Data(
+            data.train_images[:-holdout],
+            data.train_labels[:-holdout],
+            data.train_images[-holdout:],
+            data.train_labels[-holdout:],
+        )
+    if limit > 0:
+        data = Data(*[tensor[:limit] for tensor in data])
+    return data
 
 
 def random_generator(seed, epoch):
-    """Chance for one epoch; epoch 0 comes before training. It is drawn on the CPU, where it is the
-    same for every device and network: all trainings of a seed see the same images."""
+    """Chance for one epoch. It is drawn on the CPU, where it is the same for every device and
+    network: all trainings of a seed see the same images."""
     return torch.Generator().manual_seed(1_000_000 * seed + epoch)
 
 
@@ -473,11 +472,11 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         weight_decay=settings.weight_decay,
     )
     record = new_record(name, settings, args, builds_on)
-    if args.resume and is_finished(record, args):
+    if args.resume and is_finished(name, record, args):
         print(f"{name} is finished")
         return
     if args.resume:
-        load_checkpoint(record, model, optimizer, args)
+        load_checkpoint(name, record, model, optimizer, args)
     log = record["log"]  # empty, unless there was a checkpoint
     early_stopping = EarlyStopping(settings.patience, settings.min_delta)
     stop = False
@@ -502,11 +501,11 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
             "seconds": seconds,
         }
         log.append(row)
-        save_checkpoint(record, model, optimizer, args)
+        save_checkpoint(name, record, model, optimizer, args)
         columns = [f"{key} {value:<8.5g}" for key, value in row.items()]
         print(f"{name:12}", " ".join(columns), flush=True)
         stop = early_stopping(train_loss)
-    save_result(record, model, args)
+    save_result(name, record, model, args)
 
 
 # === 6. Files: what a training leaves, and what belongs together ==================================
@@ -521,31 +520,23 @@ STAGE_OF = {  # which stage trains which network
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A buffer to write to. Its content then takes the place of `path`, whole or not at all."""
-    buffer = io.BytesIO()
-    yield buffer
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    """A path to write to. What was written then takes the place of `path`: a file is there whole or
+    not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    yield unfinished
+    unfinished.replace(path)
 
 
-def save_text(path, text):
-    with whole_file(path) as file:
-        file.write(text.encode())
-
-
-def digest(content):
-    """16 hexadecimal digits that stand for these bytes: other bytes, other digits."""
-    return hashlib.sha256(content).hexdigest()[:16]
+def what_all_share(args):
+    """All trainings in a folder must have this in common."""
+    return {key: getattr(args, key) for key in ("recipe", "seed", "holdout", "limit", "images")}
 
 
 def new_record(name, settings, args, builds_on):
     """How a training is made. Two with the same `experiment` are the same training."""
-    experiment = {"network": name, "recipe": args.recipe, **dataclasses.asdict(settings)}
+    experiment = {"network": name, **what_all_share(args), **dataclasses.asdict(settings)}
     if name != "dist_student":
         del experiment["temperature"], experiment["alpha"]
-    for key in ("seed", "holdout", "limit", "images"):
-        experiment[key] = getattr(args, key)
     for source in builds_on:
         experiment[source] = read_record(source, args)["weights"]
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
@@ -578,55 +569,49 @@ def require_same(path, experiment, expected):
             )
 
 
-def path_of(record, ending, args):
-    return args.results_dir / f"{record['experiment']['network']}{ending}"
-
-
-def save_checkpoint(record, model, optimizer, args):
+def save_checkpoint(name, record, model, optimizer, args):
     """All that --resume needs to end in the same bytes as a training without interruption."""
     checkpoint = {
         "record": record,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with whole_file(path_of(record, "_checkpoint.pt", args)) as file:
-        torch.save(checkpoint, file)
+    with whole_file(args.results_dir / f"{name}_checkpoint.pt") as path:
+        torch.save(checkpoint, path)
 
 
-def load_checkpoint(record, model, optimizer, args):
+def load_checkpoint(name, record, model, optimizer, args):
     """Fill record, model and optimizer with those of an unfinished training, if there is one."""
-    path = path_of(record, "_checkpoint.pt", args)
+    path = args.results_dir / f"{name}_checkpoint.pt"
     if not path.exists():
         return
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # runs no code in it
-        require_same(path, checkpoint["record"]["experiment"], record["experiment"])
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        record["log"] += checkpoint["record"]["log"]
-        for machine in checkpoint["record"]["made_with"]:
-            if machine not in record["made_with"]:
-                record["made_with"].append(machine)
-    except UserError:
-        raise
+        before = checkpoint["record"]
     except Exception as error:  # torch has no class of its own for what is wrong in a file
         raise UserError(f"{path} is damaged, delete it: {error}") from error
+    require_same(path, before["experiment"], record["experiment"])
+    model.load_state_dict(checkpoint["model"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    record["log"] = before["log"]
+    record["made_with"] = before["made_with"] + record["made_with"]
     print(f"{path} goes on after epoch {len(record['log'])}")
 
 
-def save_result(record, model, args):
+def save_result(name, record, model, args):
     """Log, weights and record. A kill in between costs nothing: the checkpoint goes last."""
     log = record["log"]
-    with whole_file(path_of(record, "_train_logs.csv", args)) as file:
+    with whole_file(args.results_dir / f"{name}_train_logs.csv") as path:
         rows = [list(row.values()) for row in log]
-        np.savetxt(file, rows, "%.8g", delimiter=",", header=",".join(log[0]), comments="")
-    draw_log(path_of(record, "_train_logs.png", args), record)
+        np.savetxt(path, rows, "%.8g", delimiter=",", header=",".join(log[0]), comments="")
+    draw_log(args.results_dir / f"{name}_train_logs.png", name, log)
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    with whole_file(path_of(record, ".pt", args)) as file:
-        torch.save(weights, file)
-        record["weights"] = digest(file.getvalue())
-    save_text(path_of(record, ".json", args), json.dumps(record, indent=1))
-    path_of(record, "_checkpoint.pt", args).unlink()
+    with whole_file(args.results_dir / f"{name}.pt") as path:
+        torch.save(weights, path)
+        record["weights"] = digest(path.read_bytes())
+    with whole_file(args.results_dir / f"{name}.json") as path:
+        path.write_text(json.dumps(record, indent=1))
+    (args.results_dir / f"{name}_checkpoint.pt").unlink()
 
 
 def read_record(name, args):
@@ -642,14 +627,13 @@ def read_record(name, args):
     return record
 
 
-def is_finished(record, args):
+def is_finished(name, record, args):
     """Whether this very training has left its result before. UserError if another one has."""
-    path = path_of(record, ".json", args)
-    if path_of(record, "_checkpoint.pt", args).exists() or not path.exists():
+    path = args.results_dir / f"{name}.json"
+    if not path.exists() or (args.results_dir / f"{name}_checkpoint.pt").exists():
         return False
-    finished = read_record(record["experiment"]["network"], args)
-    require_same(path, finished["experiment"], record["experiment"])
-    return path_of(record, ".pt", args).exists()
+    require_same(path, read_record(name, args)["experiment"], record["experiment"])
+    return True
 
 
 def load_trained(name, args):
@@ -657,7 +641,7 @@ def load_trained(name, args):
     run, or if what it builds on has been trained anew since."""
     path = args.results_dir / f"{name}.pt"
     record = read_record(name, args)
-    expected = {key: getattr(args, key) for key in ("recipe", "seed", "holdout", "limit", "images")}
+    expected = what_all_share(args)
     for source in STAGE_OF:
         if source in record["experiment"]:
             expected[source] = read_record(source, args)["weights"]
@@ -749,11 +733,10 @@ def summary_table(rows, verdict):
     return "\n\n".join(["\n".join(lines), *verdict, note]) + "\n"
 
 
-def draw_log(path, record):
+def draw_log(path, name, log):
     """Loss and accuracy by epoch."""
-    log = record["log"]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    figure.suptitle(IN_WORDS[record["experiment"]["network"]])
+    figure.suptitle(IN_WORDS[name])
     panels = {
         "loss (training: the loss that is minimised; test: cross-entropy)": "loss",
         "accuracy (%)": "acc",
@@ -768,8 +751,8 @@ def draw_log(path, record):
 
 
 def save_figure(path, figure):
-    with whole_file(path) as file:
-        figure.savefig(file)
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="png")
 
 
 def draw_accuracy(path, logs):
@@ -799,16 +782,15 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
     """What the student learns from: the teacher's answers at T = 1 and softened."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     panels = figure.subplots(2, 4)
-    least_sure = teacher_logits.softmax(dim=1).amax(dim=1).argsort()
-    for column in range(4):
-        image = least_sure[column * len(least_sure) // 10].item()
-        show_image(panels[0, column], data, image)
-        for t, shift in ((1, -0.2), (temperature, 0.2)):
+    for image in range(4):
+        show_image(panels[0, image], data, image)
+        axes = panels[1, image]
+        for t, offset in ((1, -0.2), (temperature, 0.2)):
             soft_targets = (teacher_logits[image] / t).softmax(dim=0).numpy()
-            panels[1, column].bar(np.arange(10) + shift, soft_targets, 0.4, label=f"T = {t:g}")
-        panels[1, column].set_xticks(range(10), CLASSES, rotation=90)
-        panels[1, column].set_ylim(0, 1)
-        panels[1, column].legend()
+            axes.bar(np.arange(10) + offset, soft_targets, width=0.4, label=f"T = {t:g}")
+        axes.set_xticks(range(10), CLASSES, rotation=90)
+        axes.set_ylim(0, 1)
+        axes.legend()
     save_figure(path, figure)
 
 
@@ -925,8 +907,10 @@ def evaluate(args, data):
     ]
     table = summary_table(rows, verdict)
     print(table)
-    save_text(folder / "summary.md", table)
-    save_text(folder / "summary.json", json.dumps({"rows": rows, "verdict": verdict}, indent=1))
+    with whole_file(folder / "summary.md") as path:
+        path.write_text(table, encoding="utf-8")
+    with whole_file(folder / "summary.json") as path:
+        path.write_text(json.dumps({"rows": rows, "verdict": verdict}, indent=1))
     temperature = read_record("dist_student", args)["experiment"]["temperature"]
     draw_accuracy(folder / "accuracy.png", logs)
     draw_soft_targets(folder / "soft_targets.png", on_cpu, logits["teacher"], temperature)
@@ -1008,7 +992,7 @@ def parse_args(argv):
 
 def load_data(args):
     """The images of this run, on the device."""
-    data = choose_images(load_cifar10(args.data_dir), args.holdout, args.limit, args.seed)
+    data = choose_images(load_cifar10(args.data_dir), args.holdout, args.limit)
     args.images = digest(b"".join(tensor.numpy().tobytes() for tensor in data))
     for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
         counts = labels.bincount(minlength=10).tolist()
@@ -1037,8 +1021,6 @@ def run(args):
         if stage in stages and path.exists() and not args.resume:
             raise UserError(f"{path} is of an unfinished training: add --resume, or delete it")
     args.results_dir.mkdir(parents=True, exist_ok=True)
-    if not os.access(args.results_dir, os.W_OK):
-        raise UserError(f"{args.results_dir} cannot be written to: choose another --results-dir")
     keep_freed_memory()
     data = load_data(args)
     for stage in stages:

@@ -242,12 +242,13 @@ def test_holdout_and_limit_take_training_images_once(data):
     def keys(images):
         return {image.contiguous().numpy().tobytes() for image in images}
 
-    held = kd.choose_images(data, holdout=40, limit=0, seed=0)
+    held = kd.choose_images(data, holdout=40, limit=0)
     assert (len(held[0]), len(held[2])) == (120, 40)
     assert keys(held[0]) | keys(held[2]) == keys(data[0])
-    limited = kd.choose_images(data, holdout=0, limit=50, seed=0)
+    limited = kd.choose_images(data, holdout=0, limit=50)
     assert (len(limited[1]), len(limited[3])) == (50, 50)
     assert keys(limited[0]) <= keys(data[0]) and keys(limited[2]) <= keys(data[2])
+    assert len(limited[1].unique()) == len(limited[3].unique()) == 10  # the classes are mixed
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -358,7 +359,7 @@ def test_distillation_is_what_a_plain_loop_computes(copy, data_dir, data):
     before = {name: load(copy, name) for name in ("teacher", "student")}
     options = ["--epochs", 1, "--batch-size", 1000, "--lr", 0.003]
     assert run(data_dir, copy, "distill", *options) == 0
-    chosen = kd.choose_images(data, 0, 0, 0)
+    chosen = kd.choose_images(data, 0, 0)
     settings = kd.Settings(batch_size=1000)
     inputs, labels = next(kd.training_batches(chosen[0], chosen[1], settings, 0, 1))
     with torch.no_grad():
