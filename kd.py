@@ -25,7 +25,6 @@ import json
 import math
 import os
 import platform
-import re
 import shlex
 import signal
 import sys
@@ -52,19 +51,19 @@ from tqdm import tqdm
 class Settings:
     """The numbers of one training. The defaults are those of the EPAiV5 Session 29 assignment."""
 
-    epochs: int = 100  # at most: early stopping comes first
+    epochs: int = 100  # at most, if early stopping does not come first
     batch_size: int = 2048
     lr: float = 0.01  # learning rate of SGD
     warmup: float = 0.0  # share of the epochs, at the start, in which lr rises from 0
     decay: float = 0.0  # share of the epochs, at the end, in which lr falls to 0
     momentum: float = 0.9
     weight_decay: float = 0.0
-    degrees: float = 10.0  # a training image is rotated by up to ± so much
-    shear: float = 10.0  # and sheared along x by up to ± so many degrees
-    shift: int = 0  # and moved by up to ± so many pixels in x and in y
-    flip: float = 0.0  # and mirrored with this probability
-    temperature: float = 5.0  # T, which divides the logits: distillation alone uses it, and alpha
-    alpha: float = 0.5  # weight of the labels; the soft targets have 1 - alpha
+    degrees: float = 10.0  # training images are rotated by at most so many degrees, either way
+    shear: float = 10.0  # training images are sheared along x by at most so many degrees
+    shift: int = 0  # training images are moved by at most so many pixels, in x and in y
+    flip: float = 0.0  # probability that a training image is mirrored
+    temperature: float = 5.0  # T, which divides the logits; in distillation only
+    alpha: float = 0.5  # weight of the labels; soft targets have 1 - alpha; in distillation only
     patience: int | None = 5  # epochs on a plateau before early stopping; None: never
     min_delta: float = 0.02  # a plateau: the training loss changes by less than this per epoch
 
@@ -76,7 +75,7 @@ class Recipe(NamedTuple):
     from_student: Settings
 
 
-# More steps of smaller batches; lr falls to 0 by plan, so that nothing needs to stop early.
+# More steps of smaller batches. lr rises, then falls to 0 in the last epoch: no early stopping.
 STRONG = Settings(
     epochs=60,
     batch_size=128,
@@ -91,7 +90,7 @@ STRONG = Settings(
     patience=None,
 )
 RECIPES = {
-    "reference": Recipe(Settings(), Settings(weight_decay=5e-4)),  # the assignment's
+    "reference": Recipe(Settings(), Settings(weight_decay=5e-4)),  # as the assignment has it
     "strong": Recipe(STRONG, dataclasses.replace(STRONG, temperature=4.0, alpha=0.1)),
 }
 
@@ -101,14 +100,14 @@ STD = (0.2470, 0.2435, 0.2616)
 
 
 class UserError(Exception):
-    """What the user can mend: one plain line that says what is wrong and what to do."""
+    """Something that the user can put right. Shown as one line, without a traceback."""
 
 
 # === 2. Two networks: one design, two widths ======================================================
 
 
 def conv_relu_bn(channels_in, channels_out):
-    """A 3×3 convolution; height and width stay."""
+    """A 3×3 convolution; height and width stay. (Today most would put BatchNorm before ReLU.)"""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
@@ -117,7 +116,8 @@ def conv_relu_bn(channels_in, channels_out):
 
 
 def block(channels_in, channels_out, depth):
-    """`depth` convolutions, then half the size: (N, channels_in, H, W) → (N, …_out, H/2, W/2)."""
+    """`depth` 3×3 convolutions, half the height and width, and a 1×1 convolution to mix channels:
+    (N, channels_in, H, W) → (N, channels_out, H/2, W/2)."""
     layers = [conv_relu_bn(channels_in, channels_out)]
     for _ in range(depth - 1):
         layers.append(conv_relu_bn(channels_out, channels_out))
@@ -144,7 +144,7 @@ class Network(nn.Module):
         super().__init__()
         self.stem = conv_relu_bn(3, 16)  # → (N, 16, 32, 32)
         self.block1 = block(16, 16, depth=3)  # → (N, 16, 16, 16)
-        self.skip = nn.Conv2d(16, 16, 3, dilation=2)
+        self.skip = nn.Conv2d(16, 16, 3, dilation=2)  # four times: → (N, 16, 16, 16), see below
         self.block2 = block(16, width2, depth=4)  # → (N, width2, 8, 8)
         self.block3 = block(width2, width3, depth=4)  # → (N, width3, 4, 4)
         self.head = nn.Sequential(
@@ -157,24 +157,24 @@ class Network(nn.Module):
 
     def forward(self, images):
         stem = self.stem(images)
-        # Unpadded and dilated, `skip` takes 4 off height and width. Four times, always with the
+        # Unpadded and dilated, `skip` takes 4 off height and width. Applied four times, with the
         # same weights, it goes 32 → 28 → 24 → 20 → 16: the size that block1 leaves.
-        skip = stem
+        shortcut = stem
         for _ in range(4):
-            skip = self.skip(skip)
-        features = self.block1(stem) + skip
+            shortcut = self.skip(shortcut)
+        features = self.block1(stem) + shortcut
         features = self.block2(features)
         features = self.block3(features)
         return self.head(features)
 
 
 def TeacherModel():
-    """722,752 parameters; 729,712 as torchsummary counts, which takes `skip` at each of 4 calls."""
+    """722,752 parameters. torchsummary says 729,712: it counts `skip` at each of its four calls."""
     return Network(width2=64, width3=128)
 
 
 def StudentModel():
-    """223,232 parameters; 230,192 as torchsummary counts."""
+    """223,232 parameters. torchsummary says 230,192."""
     return Network(width2=32, width3=64)
 
 
@@ -182,7 +182,7 @@ def StudentModel():
 
 
 class Data(NamedTuple):
-    """Images are uint8 (N, 3, 32, 32), RGB; labels int64 (N,), numbers of CLASSES."""
+    """Images are uint8 (N, 3, 32, 32), RGB; labels int64 (N,), positions in CLASSES."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -203,7 +203,7 @@ def load_split(data_dir, split):
     try:
         if (data_dir / "train").exists() or (data_dir / "test").exists():
             dataset = torchvision.datasets.ImageFolder(data_dir / split)
-            # An image counts once, even if links lead to it twice.
+            # By their real paths, so that an image counts once even if links lead to it twice.
             label_of = {os.path.realpath(path): label for path, label in dataset.samples}
             images = np.stack([read_image(path) for path in label_of])
             labels = list(label_of.values())
@@ -231,7 +231,7 @@ def digest(content):
 
 
 def read_image(path):
-    """An image file → uint8 (32, 32, 3), RGB. UserError unless it is one, without any loss."""
+    """An image file → uint8 (32, 32, 3), RGB. UserError if it is not that, or not without loss."""
     try:
         with Image.open(path) as image:
             if image.size != (32, 32):
@@ -260,69 +260,63 @@ def choose_images(data, holdout, limit):
     return data
 
 
-def random_generator(seed, epoch):
-    """Chance for one epoch. It is drawn on the CPU, where it is the same for every device and
-    network: all trainings of a seed see the same images."""
-    return torch.Generator().manual_seed(1_000_000 * seed + epoch)
-
-
 def affine(images, angles, shears, dx=0.0, dy=0.0, mirror=1.0):
     """Mirror each image (-1), shear it along x, rotate it, move it; black comes in from outside.
 
     images (N, 3, S, S), from 0 to 255, uint8 or float; angles and shears in degrees, dx and dy in
     pixels, each (N,) on the images' device → float32, from 0 to 255. The pixels are those of
-    torchvision's affine with nearest neighbours, which has one matrix for a whole batch.
+    torchvision's affine with nearest neighbours; torchvision turns a whole batch by one angle, this
+    turns each image by its own.
     """
-    angle = torch.deg2rad(angles.double())  # in float32, a place between two pixels may tip over
+    angle = torch.deg2rad(angles.double())  # float32 would now and then pick the pixel beside it
     tan = torch.tan(torch.deg2rad(shears.double()))
     cos = torch.cos(angle)
     sin = torch.sin(angle)
-    # Where in the input does the pixel (x, y) of the output come from? Seen from the centre, from
-    #     mirror · ((cos - sin · tan) · x + (sin + cos · tan) · y)  and  -sin · x + cos · y,
-    # once the move by (dx, dy) is undone.
+    # Pixel (x, y) of the output, seen from the centre, comes from this place in the input:
+    #     from_x = a·x + b·y + c
+    #     from_y = d·x + e·y + f
     a = mirror * (cos - sin * tan)
     b = mirror * (sin + cos * tan)
-    rows = [a, b, -(a * dx + b * dy), -sin, cos, sin * dx - cos * dy]
-    half = images.shape[-1] / 2
-    matrix = torch.stack(rows, dim=1).float()[:, :, None, None] / half  # (N, 6, 1, 1)
-    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)
-    y = x[:, None]
-    from_x = matrix[:, 0] * x + matrix[:, 1] * y + matrix[:, 2]  # (N, S, S), 1 is half an image
-    from_y = matrix[:, 3] * x + matrix[:, 4] * y + matrix[:, 5]
+    c = -(a * dx + b * dy)
+    d = -sin
+    e = cos
+    f = sin * dx - cos * dy
+    half = images.shape[-1] / 2  # grid_sample measures from -1 to 1: in halves of an image
+    matrix = torch.stack([a, b, c, d, e, f]).float()[:, :, None, None] / half  # (6, N, 1, 1)
+    x = torch.arange(images.shape[-1], device=images.device) - (half - 0.5)  # (S,)
+    y = x[:, None]  # (S, 1)
+    from_x = matrix[0] * x + matrix[1] * y + matrix[2]  # (N, S, S)
+    from_y = matrix[3] * x + matrix[4] * y + matrix[5]
     grid = torch.stack([from_x, from_y], dim=-1)
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
 
 def normalise(images):
-    """Images from 0 to 255 → the networks' input: float32, each channel with mean 0 and std 1."""
+    """Images from 0 to 255 → the networks' input: float32, each channel with mean 0 and std 1, in
+    channels_last, the memory format in which convolutions are faster."""
     inputs = images / 255
     for channel in range(3):  # plain numbers: no tensor to copy to a GPU
         inputs[:, channel].sub_(MEAN[channel]).div_(STD[channel])
-    return inputs.contiguous(memory_format=torch.channels_last)  # in which convolutions are faster
+    return inputs.contiguous(memory_format=torch.channels_last)
 
 
 def training_batches(images, labels, settings, seed, epoch):
-    """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller."""
+    """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
+    What is random follows from seed and epoch, and is drawn on the CPU, where it is the same for
+    every GPU: all trainings of a seed, teacher's or student's, see the same images."""
     n = len(images)
-    generator = random_generator(seed, epoch)
+    generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
-    chance = torch.rand(5, n, generator=generator).to(images.device)  # from 0 to 1
-    angles = settings.degrees * (2 * chance[0] - 1)
-    shears = settings.shear * (2 * chance[1] - 1)
-    moves = ((2 * settings.shift + 1) * chance[2:4]).floor() - settings.shift
-    mirror = torch.where(chance[4] < settings.flip, -1.0, 1.0)
+    angles = settings.degrees * (2 * torch.rand(n, generator=generator) - 1)
+    shears = settings.shear * (2 * torch.rand(n, generator=generator) - 1)
+    dx = torch.randint(-settings.shift, settings.shift + 1, (n,), generator=generator)
+    dy = torch.randint(-settings.shift, settings.shift + 1, (n,), generator=generator)
+    mirror = torch.where(torch.rand(n, generator=generator) < settings.flip, -1.0, 1.0)
+    changes = torch.stack([angles, shears, dx, dy, mirror]).to(images.device)  # (5, n)
     for start in range(0, n, settings.batch_size):
         batch = slice(start, start + settings.batch_size)
         chosen = order[batch]
-        augmented = affine(
-            images[chosen],
-            angles[batch],
-            shears[batch],
-            moves[0, batch],
-            moves[1, batch],
-            mirror[batch],
-        )
-        yield normalise(augmented), labels[chosen]
+        yield normalise(affine(images[chosen], *changes[:, batch])), labels[chosen]
 
 
 # === 4. The loss: what this file is about =========================================================
@@ -331,21 +325,24 @@ def training_batches(images, labels, settings, seed, epoch):
 def distillation_loss(student_logits, teacher_logits, targets, temperature, alpha):
     """alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T) → scalar.
 
-    Logits (N, C), any float type, computed in float32; targets int64 (N,). The teacher gets no
-    gradient. After Hinton et al. 2015, section 2. A cat, as a teacher of three classes may see it:
+    Logits (N, C), any float type, computed in float32; targets, the labels, int64 (N,). The teacher
+    gets no gradient. After Hinton et al. 2015, section 2. A cat, as a teacher of three classes may
+    see it:
         logits   cat 8       dog 5       truck 0
         T = 1    cat 0.952   dog 0.047   truck 0.000   hardly more than the label
         T = 5    cat 0.571   dog 0.313   truck 0.115   a cat, more like a dog than a truck
 
-    Which side is the target? With p and q the softmax of teacher's and student's logits / T,
+    Why this order? Let p be the teacher's and q the student's softmax of logits / T. Then
     KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: where the teacher sees a likeness, the
-    student must see it, too. F.kl_div wants log q first, then log p, both from log_softmax: a
-    softmax may underflow to 0, whose log is -inf.
+    student must see it, too. F.kl_div wants log q first, and p or (with log_target) log p second.
+    Both logs come from log_softmax: a softmax may underflow to 0, whose log is -inf.
 
-    Why T²? KL alone has the gradient (q - p) / T in the student's logits, and for large T, q - p
-    shrinks as 1/T as well. T² makes up for both: alpha means much the same at every large T.
+    Why T²? The gradient of KL alone, in the student's logits, is (q - p) / T. A large T also makes
+    p and q flat, so that q - p itself shrinks as 1/T. T² makes up for both: whatever T is, alpha
+    means much the same.
 
-    Why batchmean? KL is a sum over classes; "mean" would also divide by their number, ten.
+    Why batchmean? KL is a sum over classes, and "batchmean" its mean over the N images. "mean"
+    would divide by the number of classes, too: a soft loss ten times too small.
     """
     student_logits = student_logits.float()
     teacher_logits = teacher_logits.detach().float()
@@ -394,8 +391,8 @@ def bf16_is_faster(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)  # Ampere and later
     if device.type == "cpu":
-        flags = cpu_info()  # Intel's avx512_bf16 without AMX is slower than float32
-        return "amx_bf16" in flags or ("AuthenticAMD" in flags and "avx512_bf16" in flags)
+        cpu = cpu_info()  # an Intel CPU that has avx512_bf16, but no AMX, is faster in float32
+        return "amx_bf16" in cpu or ("AuthenticAMD" in cpu and "avx512_bf16" in cpu)
     return False
 
 
@@ -416,18 +413,19 @@ def compute_logits(model, inputs):
 
 def train_epoch(model, teacher, optimizer, data, settings, seed, epoch):
     """One pass over the training images, with soft targets if there is a teacher.
-    Returns loss and accuracy (%), means over the images as the weights went along."""
+    Returns loss and accuracy (%), measured on the way: means over the images of this epoch."""
     model.train()
     if teacher is not None:
         teacher.eval()  # BatchNorm uses its running averages and leaves them as they are
     n = len(data.train_images)
     steps = math.ceil(n / settings.batch_size)
-    loss_sum = torch.zeros((), device=data.train_images.device)
-    correct = torch.zeros((), device=data.train_images.device)
+    loss_sum = torch.zeros((), device=data.train_images.device)  # on the GPU, if there is one:
+    correct = torch.zeros((), device=data.train_images.device)  # reading them would mean to wait
     batches = training_batches(data.train_images, data.train_labels, settings, seed, epoch)
     bar = tqdm(batches, desc=f"epoch {epoch}", total=steps, leave=False, disable=None)
     for step, (inputs, labels) in enumerate(bar):
-        progress = (epoch - 1 + step / steps) / settings.epochs
+        epochs_done = epoch - 1 + step / steps
+        progress = epochs_done / settings.epochs
         optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
         logits = compute_logits(model, inputs)
         if teacher is None:
@@ -443,7 +441,7 @@ def train_epoch(model, teacher, optimizer, data, settings, seed, epoch):
         optimizer.step()
         loss_sum += loss.detach() * len(labels)
         correct += (logits.argmax(dim=1) == labels).sum()
-    return loss_sum.item() / n, 100 * correct.item() / n  # only here does the CPU wait for a GPU
+    return loss_sum.item() / n, 100 * correct.item() / n
 
 
 @torch.no_grad()
@@ -455,7 +453,7 @@ def predict(model, images):
 
 
 def test(model, images, labels):
-    """Cross-entropy and accuracy (%). They are reported; nothing is ever chosen by them."""
+    """Cross-entropy and accuracy (%). They are reported; the training never looks at them."""
     logits = predict(model, images)
     loss = F.cross_entropy(logits, labels).item()
     correct = (logits.argmax(dim=1) == labels).sum().item()
@@ -464,10 +462,11 @@ def test(model, images, labels):
 
 def train(name, model, settings, args, data, teacher=None, builds_on=()):
     """Train until early stopping or the last epoch. Leaves <name>.pt, .json, and the log as CSV
-    and picture; until then <name>_checkpoint.pt, from which --resume goes on."""
+    and picture; until then <name>_checkpoint.pt, from which --resume goes on. `builds_on` names
+    the trained networks that this training started or learned from."""
     optimizer = torch.optim.SGD(
         model.parameters(),
-        lr=settings.lr,
+        lr=settings.lr,  # train_epoch sets it for each step
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
@@ -477,7 +476,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         return
     if args.resume:
         load_checkpoint(name, record, model, optimizer, args)
-    log = record["log"]  # empty, unless there was a checkpoint
+    log = record["log"]  # a row per epoch; empty, unless there was a checkpoint
     early_stopping = EarlyStopping(settings.patience, settings.min_delta)
     stop = False
     for row in log:
@@ -510,7 +509,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
 
 # === 6. Files: what a training leaves, and what belongs together ==================================
 
-STAGE_OF = {  # which stage trains which network
+STAGE_OF = {  # the four trained networks, each with the stage that trains it
     "teacher": "teacher",
     "student": "student",
     "dist_student": "distill",
@@ -529,7 +528,8 @@ def whole_file(path):
 
 def what_all_share(args):
     """All trainings in a folder must have this in common."""
-    return {key: getattr(args, key) for key in ("recipe", "seed", "holdout", "limit", "images")}
+    keys = ("recipe", "seed", "holdout", "limit", "images_digest")
+    return {key: getattr(args, key) for key in keys}
 
 
 def new_record(name, settings, args, builds_on):
@@ -538,10 +538,11 @@ def new_record(name, settings, args, builds_on):
     if name != "dist_student":
         del experiment["temperature"], experiment["alpha"]
     for source in builds_on:
-        experiment[source] = read_record(source, args)["weights"]
+        experiment[f"{source}.pt"] = read_record(source, args)["weights_digest"]
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     return {
         "experiment": experiment,
+        "builds_on": list(builds_on),
         "command": args.command,
         "made_with": [f"{hardware(args.device)}, {versions}, Python {platform.python_version()}"],
         "log": [],
@@ -555,22 +556,27 @@ def hardware(device):
         precision = "bf16"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, {precision}"
-    processor = re.search("model name.*: (.*)|$", cpu_info()).group(1)
-    return f"{os.cpu_count()} × {processor}, {device.type}, {precision}"
+    processor = platform.machine()
+    for line in cpu_info().splitlines():
+        if line.startswith("model name"):
+            processor = line.partition(": ")[2]
+    return f"{os.cpu_count()} × {processor}, {precision}"
 
 
 def require_same(path, experiment, expected):
-    """UserError that names the first difference between what is there and what is expected."""
+    """UserError that names the first difference, if `experiment` is not what is expected."""
     for key, value in expected.items():
         if experiment.get(key) != value:
             raise UserError(
-                f"{path} was made with {key} {experiment.get(key)}, not {value}: train it anew "
-                f"(--stage {STAGE_OF[experiment['network']]}), or choose another --results-dir"
+                f"{path} was made with {key} {experiment.get(key)}, not {value}: give the same "
+                f"options, train it anew (--stage {STAGE_OF[experiment['network']]}), or choose "
+                "another --results-dir"
             )
 
 
 def save_checkpoint(name, record, model, optimizer, args):
-    """All that --resume needs to end in the same bytes as a training without interruption."""
+    """All that --resume needs. On a CPU it ends in the very weights that a training without
+    interruption would have had."""
     checkpoint = {
         "record": record,
         "model": model.state_dict(),
@@ -594,12 +600,13 @@ def load_checkpoint(name, record, model, optimizer, args):
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     record["log"] = before["log"]
-    record["made_with"] = before["made_with"] + record["made_with"]
-    print(f"{path} goes on after epoch {len(record['log'])}")
+    record["made_with"] = before["made_with"] + record["made_with"]  # perhaps on two machines
+    print(f"{name} goes on after epoch {len(record['log'])}")
 
 
 def save_result(name, record, model, args):
-    """Log, weights and record. A kill in between costs nothing: the checkpoint goes last."""
+    """Log, weights and record. The checkpoint is deleted last: after a kill in between, --resume
+    finds it and writes all of them again."""
     log = record["log"]
     with whole_file(args.results_dir / f"{name}_train_logs.csv") as path:
         rows = [list(row.values()) for row in log]
@@ -608,7 +615,7 @@ def save_result(name, record, model, args):
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     with whole_file(args.results_dir / f"{name}.pt") as path:
         torch.save(weights, path)
-        record["weights"] = digest(path.read_bytes())
+        record["weights_digest"] = digest(path.read_bytes())
     with whole_file(args.results_dir / f"{name}.json") as path:
         path.write_text(json.dumps(record, indent=1))
     (args.results_dir / f"{name}_checkpoint.pt").unlink()
@@ -638,15 +645,14 @@ def is_finished(name, record, args):
 
 def load_trained(name, args):
     """A trained network and its record. UserError if it is missing or changed, if it is of another
-    run, or if what it builds on has been trained anew since."""
+    run, or if a network that it builds on has been trained anew since."""
     path = args.results_dir / f"{name}.pt"
     record = read_record(name, args)
     expected = what_all_share(args)
-    for source in STAGE_OF:
-        if source in record["experiment"]:
-            expected[source] = read_record(source, args)["weights"]
+    for source in record["builds_on"]:
+        expected[f"{source}.pt"] = read_record(source, args)["weights_digest"]
     require_same(path, record["experiment"], expected)
-    if not path.exists() or digest(path.read_bytes()) != record["weights"]:
+    if not path.exists() or digest(path.read_bytes()) != record["weights_digest"]:
         raise UserError(f"{path} is missing or changed: --stage {STAGE_OF[name]} makes it anew")
     model = StudentModel()
     if name == "teacher":
@@ -661,7 +667,7 @@ IN_WORDS = {
     "teacher": "teacher",
     "student": "student",
     "dist_student": "distilled student",
-    "control": "control (student, trained on)",
+    "control": "control",
 }
 
 
@@ -688,7 +694,8 @@ def percent(booleans):
 
 
 def last_five(log):
-    """Mean test accuracy of the last five epochs: at a constant learning rate, one is a draw."""
+    """Mean test accuracy of the last five epochs. At a constant learning rate it jumps from epoch
+    to epoch, and the last one alone is a matter of luck."""
     return float(np.mean([row["test_acc"] for row in log[-5:]]))
 
 
@@ -697,8 +704,8 @@ def calibration_error(logits, labels):
     confidence and accuracy, a mean over 15 bins of confidence, weighted by their images."""
     confidence, answers = logits.softmax(dim=1).max(dim=1)
     gaps = confidence - (answers == labels).float()
-    bins = (15 * confidence).long()
-    sums = torch.zeros(16).index_add(0, bins, gaps)
+    bins = (15 * confidence).long().clamp(max=14)
+    sums = torch.zeros(15).index_add(0, bins, gaps)
     return sums.abs().sum().item() / len(labels)
 
 
@@ -710,14 +717,14 @@ def compare(logits, name, other, labels):
     difference = 100 * (correct - other_correct)
     points = difference.mean().item()
     standard_error = difference.std().item() / math.sqrt(len(labels))
-    words = f"{name} − {other} = {points:+.2f} ± {standard_error:.2f} points"
+    words = f"{IN_WORDS[name]} − {IN_WORDS[other]} = {points:+.2f} ± {standard_error:.2f} points"
     if abs(points) <= 2 * standard_error:
         words += ": no difference seen"
     return words
 
 
 def summary_table(rows, verdict):
-    """For people, in Markdown."""
+    """The networks row by row, then the verdict, in Markdown."""
     lines = [
         "| | parameters (as torchsummary counts) | train acc. | test acc. | mean of last 5 epochs "
         "| agreement with teacher | calibration error |",
@@ -762,7 +769,8 @@ def draw_accuracy(path, logs):
     student = [row["test_acc"] for row in logs["student"]]
     axes.plot(range(1, len(student) + 1), student, ".-", label="student")
     for name in ("dist_student", "control"):
-        curve = student[-1:] + [row["test_acc"] for row in logs[name]]  # both begin where it ended
+        # Both start from the trained student: its last point is their first.
+        curve = [student[-1], *[row["test_acc"] for row in logs[name]]]
         epochs = range(len(student), len(student) + len(curve))
         axes.plot(epochs, curve, ".-", label=IN_WORDS[name])
     axes.axhline(last_five(logs["teacher"]), color="black", label="teacher, last 5 epochs")
@@ -782,7 +790,7 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
     """What the student learns from: the teacher's answers at T = 1 and softened."""
     figure = Figure(figsize=(13, 6), layout="constrained")
     panels = figure.subplots(2, 4)
-    for image in range(4):
+    for image in range(min(4, len(teacher_logits))):
         show_image(panels[0, image], data, image)
         axes = panels[1, image]
         for t, offset in ((1, -0.2), (temperature, 0.2)):
@@ -794,26 +802,30 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
     save_figure(path, figure)
 
 
-def draw_answers(path, title, data, logits, images):
-    """Test images with what teacher, student and distilled student answer, six in a row."""
+def draw_answers(path, title, data, logits, rows):
+    """Three rows of up to six test images, with the networks' answers."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(title)
-    for place, image in enumerate(images, start=1):
-        text = ""
-        for name in ("teacher", "student", "dist_student"):
-            confidence, answer = logits[name][image].softmax(dim=0).max(dim=0)
-            text += f"\n{IN_WORDS[name]}: {CLASSES[answer]} {confidence:.0%}"
-        show_image(figure.add_subplot(3, 6, place), data, image, text)
+    panels = figure.subplots(3, 6)
+    for axes in panels.flat:
+        axes.axis("off")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images.tolist()):
+            text = ""
+            for name in ("teacher", "student", "dist_student"):
+                confidence, answer = logits[name][image].softmax(dim=0).max(dim=0)
+                text += f"\n{IN_WORDS[name]}: {CLASSES[answer]} {confidence:.0%}"
+            show_image(panels[row, column], data, image, text)
     save_figure(path, figure)
 
 
 def draw_predictions(path, data, logits):
-    images = range(min(18, len(data.test_labels)))
-    draw_answers(path, "What the networks answer", data, logits, images)
+    first = torch.arange(len(data.test_labels))[:18]
+    draw_answers(path, "What the networks answer", data, logits, first.split(6))
 
 
 def draw_misclassified(path, data, logits):
-    """What distillation has changed: of each kind, the six images with the surest answer."""
+    """What distillation has changed: of each kind, the six most confident answers."""
     student_right = logits["student"].argmax(dim=1) == data.test_labels
     confidence, answers = logits["dist_student"].softmax(dim=1).max(dim=1)
     right = answers == data.test_labels
@@ -823,24 +835,25 @@ def draw_misclassified(path, data, logits):
         "newly wrong": ~right & student_right,
     }
     title = "After distillation"
-    images = []
+    rows = []
     for group, chosen in groups.items():
         title += f", {chosen.sum():,} {group}"
         members = chosen.nonzero().flatten()
-        surest = confidence[members].argsort(descending=True)[:6]
-        images += members[surest].tolist()
-    draw_answers(path, f"{title}: a row of the surest of each", data, logits, images)
+        most_confident = confidence[members].argsort(descending=True)[:6]
+        rows.append(members[most_confident])
+    title += ": a row of each, the most confident answers"
+    draw_answers(path, title, data, logits, rows)
 
 
 def draw_confusion(path, data, logits):
     figure = Figure(figsize=(13, 7), layout="constrained")
     figure.suptitle("Of 100 images of a class (row), how many are taken for which (column)?")
     panels = figure.subplots(1, 2)
-    labels = F.one_hot(data.test_labels, 10).float()
+    truth = F.one_hot(data.test_labels, 10).float()
     for axes, name in zip(panels, ("student", "dist_student"), strict=True):
         answers = F.one_hot(logits[name].argmax(dim=1), 10).float()
-        shares = (100 * labels.T @ answers / labels.sum(dim=0)[:, None]).numpy()
-        axes.imshow(shares, cmap="Blues", vmax=150)  # 100 stays light enough for black figures
+        shares = (100 * truth.T @ answers / truth.sum(dim=0)[:, None]).numpy()
+        axes.imshow(shares, cmap="Blues", vmax=150)  # even 100 is light enough for black text
         for (row, column), share in np.ndenumerate(shares):
             axes.text(column, row, f"{share:.0f}", ha="center", va="center")
         axes.set_title(IN_WORDS[name])
@@ -855,13 +868,13 @@ def draw_confusion(path, data, logits):
 def train_teacher(args, data):
     """A new teacher learns from the labels."""
     teacher = new_network(TeacherModel, args)
-    train("teacher", teacher, args.from_scratch, args, data)
+    train("teacher", teacher, args.settings_from_scratch, args, data)
 
 
 def train_student(args, data):
     """A new student learns from the labels."""
     student = new_network(StudentModel, args)
-    train("student", student, args.from_scratch, args, data)
+    train("student", student, args.settings_from_scratch, args, data)
 
 
 def distill(args, data):
@@ -869,21 +882,20 @@ def distill(args, data):
     student, _ = load_trained("student", args)
     teacher, _ = load_trained("teacher", args)
     builds_on = ["student", "teacher"]
-    train("dist_student", student, args.from_student, args, data, teacher, builds_on)
+    train("dist_student", student, args.settings_from_student, args, data, teacher, builds_on)
 
 
 def control(args, data):
-    """The trained student trains on without a teacher, otherwise like the distilled student, and
-    for as many epochs."""
+    """The trained student trains on without a teacher: as many epochs as the distilled student,
+    with the same settings."""
     student, _ = load_trained("student", args)
     _, distilled = load_trained("dist_student", args)
-    settings = {}
-    for field in dataclasses.fields(Settings):
-        settings[field.name] = distilled["experiment"][field.name]
-    settings["epochs"] = len(distilled["log"])
-    settings["patience"] = None
+    settings = args.settings_from_student
+    path = args.results_dir / "dist_student.json"
+    require_same(path, distilled["experiment"], dataclasses.asdict(settings))
+    settings = dataclasses.replace(settings, epochs=len(distilled["log"]), patience=None)
     builds_on = ["student", "dist_student"]
-    train("control", student, Settings(**settings), args, data, builds_on=builds_on)
+    train("control", student, settings, args, data, builds_on=builds_on)
 
 
 def evaluate(args, data):
@@ -893,7 +905,7 @@ def evaluate(args, data):
     logs = {}
     logits = {}
     on_cpu = Data(*[tensor.cpu() for tensor in data])
-    for name in STAGE_OF:
+    for name in STAGE_OF:  # the teacher first: the others are compared with it
         model, record = load_trained(name, args)
         start = time.perf_counter()
         logits[name] = predict(model, data.test_images).cpu()
@@ -930,7 +942,7 @@ STAGES = {
 
 def new_network(kind, args):
     """A TeacherModel or StudentModel; its initial weights follow from the seed."""
-    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # a trial run, with a spare
+    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # prints the layers of such a network
     torch.manual_seed(args.seed)
     return kind().to(args.device, memory_format=torch.channels_last)
 
@@ -985,19 +997,18 @@ def parse_args(argv):
     for field in dataclasses.fields(Settings):
         if getattr(args, field.name, None) is not None:
             changes[field.name] = getattr(args, field.name)
-    args.from_scratch = dataclasses.replace(RECIPES[args.recipe].from_scratch, **changes)
-    args.from_student = dataclasses.replace(RECIPES[args.recipe].from_student, **changes)
+    args.settings_from_scratch = dataclasses.replace(RECIPES[args.recipe].from_scratch, **changes)
+    args.settings_from_student = dataclasses.replace(RECIPES[args.recipe].from_student, **changes)
     return args
 
 
 def load_data(args):
-    """The images of this run, on the device."""
+    """The images of this run."""
     data = choose_images(load_cifar10(args.data_dir), args.holdout, args.limit)
-    args.images = digest(b"".join(tensor.numpy().tobytes() for tensor in data))
     for split, labels in (("training", data.train_labels), ("test", data.test_labels)):
         counts = labels.bincount(minlength=10).tolist()
         print(f"{len(labels):,} {split} images; from airplane to truck: {counts}")
-    return Data(*[tensor.to(args.device) for tensor in data])
+    return data
 
 
 def keep_freed_memory():
@@ -1023,6 +1034,8 @@ def run(args):
     args.results_dir.mkdir(parents=True, exist_ok=True)
     keep_freed_memory()
     data = load_data(args)
+    args.images_digest = digest(b"".join(tensor.numpy().tobytes() for tensor in data))
+    data = Data(*[tensor.to(args.device) for tensor in data])
     for stage in stages:
         STAGES[stage](args, data)
 
@@ -1036,7 +1049,9 @@ def main(argv=None):
     try:
         run(args)
         return 0
-    except BrokenPipeError:  # nobody reads the output any more; this keeps Python from trying again
+    except BrokenPipeError:
+        # Nobody reads the output any more. At exit Python would try to write the rest of it: let
+        # that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         message = "the output was closed"
     except (UserError, OSError) as error:

@@ -445,7 +445,7 @@ def test_all_learns_and_its_figures_are_right(finished, data):
     rights = {name: (answer == data[3].numpy()) * 100.0 for name, answer in answers.items()}
     gain = rights["dist_student"] - rights["control"]
     error = gain.std(ddof=1) / math.sqrt(len(gain))
-    assert f"dist_student − control = {gain.mean():+.2f} ± {error:.2f} points" in table
+    assert f"distilled student − control = {gain.mean():+.2f} ± {error:.2f} points" in table
 
 
 def test_records_say_how_each_was_made(finished):
@@ -459,7 +459,7 @@ def test_records_say_how_each_was_made(finished):
         assert experiments[name]["lr"] == 0.003 and experiments[name]["weight_decay"] == 0
     distilled, control = experiments["dist_student"], experiments["control"]
     assert (distilled["alpha"], distilled["temperature"]) == (0.5, 5)
-    same = ("lr", "momentum", "weight_decay", "batch_size", "seed", "images", "student")
+    same = ("lr", "momentum", "weight_decay", "batch_size", "seed", "images_digest", "student.pt")
     assert all(distilled[key] == control[key] for key in same)
     assert control["epochs"] == EPOCHS and "alpha" not in control
 
@@ -545,9 +545,15 @@ DAMAGE = {  # what is wrong with the folder f: how it comes about, words of the 
     "an empty record": (lambda f: (f / "student.json").write_text("{}"), "student.json"),
     "another recipe": (lambda f: rewrite(f / "student.json", recipe="strong"), "recipe strong"),
     "another seed": (lambda f: rewrite(f / "student.json", seed=3), "seed 3"),
-    "other images": (lambda f: rewrite(f / "control.json", images="0"), "images"),
-    "another teacher": (lambda f: rewrite(f / "dist_student.json", teacher="0"), "teacher 0"),
-    "another twin": (lambda f: rewrite(f / "control.json", dist_student="0"), "--stage control"),
+    "other images": (lambda f: rewrite(f / "control.json", images_digest="0"), "images_digest"),
+    "another teacher": (
+        lambda f: rewrite(f / "dist_student.json", **{"teacher.pt": "0"}),
+        "teacher.pt 0",
+    ),
+    "another twin": (
+        lambda f: rewrite(f / "control.json", **{"dist_student.pt": "0"}),
+        "--stage control",
+    ),
 }
 
 
