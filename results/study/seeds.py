@@ -1,0 +1,58 @@
+"""Print the tables over seeds of a recipe. Run it from the repository's root:
+
+python results/study/seeds.py reference
+
+Seed 0 lies in results/<recipe>, the others in results/seeds/<recipe>_<seed>.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+NAMES = {
+    "teacher": "teacher",
+    "student": "student",
+    "dist_student": "distilled student",
+    "control": "control",
+}
+FIGURES = {"train_acc": "training", "test_acc": "test", "test_acc_last5": "test, last 5 epochs"}
+ASSIGNMENT = {"teacher": 78.91, "student": 75.25, "dist_student": 79.70}
+
+recipe = sys.argv[1]
+folders = [Path("results", recipe), *sorted(Path("results", "seeds").glob(f"{recipe}_*"))]
+runs = [json.loads((folder / "summary.json").read_text())["rows"] for folder in folders]
+
+
+def over_seeds(name, figure):
+    """An array of the seeds' values."""
+    return np.array([rows[name][figure] for rows in runs])
+
+
+def standard_error(values):
+    return values.std(ddof=1) / np.sqrt(len(values))
+
+
+print(f"`{recipe}`, {len(runs)} seeds, mean ± standard deviation over seeds:\n")
+print("| |", " | ".join(FIGURES.values()), "| epochs | assignment's test |")
+print("|---|---|---|---|---|---|")
+for name, words in NAMES.items():
+    cells = [words]
+    for figure in FIGURES:
+        values = over_seeds(name, figure)
+        cells.append(f"{values.mean():.2f} ± {values.std(ddof=1):.2f}")
+    cells.append(", ".join(str(rows[name]["epochs"]) for rows in runs))
+    cells.append(str(ASSIGNMENT.get(name, "none")))
+    print("|", " | ".join(cells), "|")
+
+print("\nPoints, paired by seed; the mean ± one standard error over seeds:\n")
+print("| | last epoch: seeds | mean | last 5 epochs: seeds | mean |")
+print("|---|---|---|---|---|")
+for name, other in (("dist_student", "control"), ("control", "student")):
+    cells = [f"{NAMES[name]} − {NAMES[other]}"]
+    for figure in ("test_acc", "test_acc_last5"):
+        difference = over_seeds(name, figure) - over_seeds(other, figure)
+        cells.append(", ".join(f"{value:+.2f}" for value in difference))
+        cells.append(f"{difference.mean():+.2f} ± {standard_error(difference):.2f}")
+    print("|", " | ".join(cells), "|")
