@@ -34,12 +34,12 @@ from typing import NamedTuple
 
 os.environ["MPLBACKEND"] = "agg"  # pictures go to files, whatever a notebook has set
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchsummary
 import torchvision
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -454,12 +454,15 @@ def predict(model, images):
     return torch.cat(logits)
 
 
+def accuracy(logits, labels):
+    """% of the images for which the largest logit is that of the label."""
+    return 100 * (logits.argmax(dim=1) == labels).sum().item() / len(labels)
+
+
 def test(model, images, labels):
-    """Cross-entropy and accuracy (%). They are reported; the training never looks at them."""
+    """Cross-entropy and accuracy. They are reported; the training never looks at them."""
     logits = predict(model, images)
-    loss = F.cross_entropy(logits, labels).item()
-    correct = (logits.argmax(dim=1) == labels).sum().item()
-    return loss, 100 * correct / len(labels)
+    return F.cross_entropy(logits, labels).item(), accuracy(logits, labels)
 
 
 def train(name, model, settings, args, data, teacher=None, builds_on=()):
@@ -675,24 +678,19 @@ IN_WORDS = {
 
 def measure(model, log, logits, teacher_logits, labels):
     """The row of one network in summary.json; accuracies and agreement in %."""
-    answers = logits.argmax(dim=1)
     params = sum(p.numel() for p in model.parameters())
     params_skip = sum(p.numel() for p in model.skip.parameters())
     return {
         "train_acc": log[-1]["train_acc"],
-        "test_acc": percent(answers == labels),
+        "test_acc": accuracy(logits, labels),
         "test_acc_last5": last_five(log),
         "params": params,
         "params_torchsummary": params + 3 * params_skip,  # it counts all four calls
         "epochs": len(log),
         "seconds_per_epoch": float(np.median([row["seconds"] for row in log])),
         "ece": calibration_error(logits, labels),
-        "agreement": percent(answers == teacher_logits.argmax(dim=1)),
+        "agreement": accuracy(logits, teacher_logits.argmax(dim=1)),
     }
-
-
-def percent(booleans):
-    return 100 * booleans.float().mean().item()
 
 
 def last_five(log):
@@ -744,13 +742,13 @@ def summary_table(rows, verdict):
 
 def draw_log(path, name, log):
     """Loss and accuracy by epoch."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure, both_axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     figure.suptitle(IN_WORDS[name])
     panels = {
         "loss (training: the loss that is minimised; test: cross-entropy)": "loss",
         "accuracy (%)": "acc",
     }
-    for axes, (title, column) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    for axes, (title, column) in zip(both_axes, panels.items(), strict=True):
         for split in ("train", "test"):
             values = [row[f"{split}_{column}"] for row in log]
             axes.plot(range(1, len(log) + 1), values, ".-", label=split)
@@ -762,12 +760,12 @@ def draw_log(path, name, log):
 def save_figure(path, figure):
     with whole_file(path) as unfinished:
         figure.savefig(unfinished, format="png")
+    plt.close(figure)
 
 
 def draw_accuracy(path, logs):
     """The experiment: the student, and what it goes on to learn with a teacher and without."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     student = [row["test_acc"] for row in logs["student"]]
     axes.plot(range(1, len(student) + 1), student, ".-", label="student")
     for name in ("dist_student", "control"):
@@ -790,8 +788,7 @@ def show_image(axes, data, image, text=""):
 
 def draw_soft_targets(path, data, teacher_logits, temperature):
     """What the student learns from: the teacher's answers at T = 1 and softened."""
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    panels = figure.subplots(2, 4)
+    figure, panels = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
     for image in range(min(4, len(teacher_logits))):
         show_image(panels[0, image], data, image)
         axes = panels[1, image]
@@ -806,9 +803,8 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
 
 def draw_answers(path, title, data, logits, rows):
     """Three rows of up to six test images, with the networks' answers."""
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    figure, panels = plt.subplots(3, 6, figsize=(13, 9), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(3, 6)
     for axes in panels.flat:
         axes.axis("off")
     for row, images in enumerate(rows):
@@ -848,9 +844,8 @@ def draw_misclassified(path, data, logits):
 
 
 def draw_confusion(path, data, logits):
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(13, 7), layout="constrained")
     figure.suptitle("Of 100 images of a class (row), how many are taken for which (column)?")
-    panels = figure.subplots(1, 2)
     truth = F.one_hot(data.test_labels, 10).float()
     for axes, name in zip(panels, ("student", "dist_student"), strict=True):
         answers = F.one_hot(logits[name].argmax(dim=1), 10).float()
