@@ -1,4 +1,5 @@
-"""Draw temperature_alpha.png from the logs beside it. Run it from the repository's root:
+"""Draw temperature_alpha.png from the logs in the folder of that name. Run it from the repository's
+root:
 
 python results/study/temperature_alpha.py
 """
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-STUDY = Path("results/study")
+STUDY = Path("results/study/temperature_alpha")
 SAMPLING_ERROR = 0.6  # points: one standard error of an accuracy near 75% on 5,000 images
 
 
@@ -49,4 +50,4 @@ axes.set_xscale("log")
 axes.set_xticks((1, 2, 4, 8), ("1", "2", "4", "8"))
 axes.minorticks_off()
 figure.legend(loc="outside right center")
-figure.savefig(STUDY / "temperature_alpha.png")
+figure.savefig("results/study/temperature_alpha.png")
