@@ -17,7 +17,6 @@ NAMES = {
     "dist_student": "distilled student",
     "control": "control",
 }
-FIGURES = {"test_acc": "test acc.", "test_acc_last5": "mean of last 5 epochs"}
 ASSIGNMENT = {"teacher": "78.91", "student": "75.25", "dist_student": "79.70", "control": "none"}
 
 recipe = sys.argv[1]
@@ -30,20 +29,18 @@ def over_seeds(name, figure):
     return np.array([rows[name][figure] for rows in runs])
 
 
-def standard_error(values):
-    return values.std(ddof=1) / np.sqrt(len(values))
+def spread(values):
+    """Mean ± standard deviation."""
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
 print(f"`{recipe}`, {len(runs)} seeds, mean ± standard deviation over seeds:\n")
-print("| |", " | ".join(FIGURES.values()), "| assignment |")
+print("| | test acc. | mean of last 5 epochs | assignment |")
 print("|---|---|---|---|")
 for name, words in NAMES.items():
-    cells = [words]
-    for figure in FIGURES:
-        values = over_seeds(name, figure)
-        cells.append(f"{values.mean():.2f} ± {values.std(ddof=1):.2f}")
-    cells.append(ASSIGNMENT[name])
-    print("|", " | ".join(cells), "|")
+    last = spread(over_seeds(name, "test_acc"))
+    last_five = spread(over_seeds(name, "test_acc_last5"))
+    print(f"| {words} | {last} | {last_five} | {ASSIGNMENT[name]} |")
 
 print("\nPoints, paired by seed; the mean ± one standard error over seeds:\n")
 print("| | last epoch: seeds | mean | last 5 epochs: seeds | mean |")
@@ -52,6 +49,17 @@ for name, other in (("dist_student", "control"), ("control", "student")):
     cells = [f"{NAMES[name]} − {NAMES[other]}"]
     for figure in ("test_acc", "test_acc_last5"):
         difference = over_seeds(name, figure) - over_seeds(other, figure)
+        standard_error = difference.std(ddof=1) / np.sqrt(len(runs))
         cells.append(", ".join(f"{value:+.2f}" for value in difference))
-        cells.append(f"{difference.mean():+.2f} ± {standard_error(difference):.2f}")
+        cells.append(f"{difference.mean():+.2f} ± {standard_error:.2f}")
     print("|", " | ".join(cells), "|")
+
+print("\nIn %, mean ± standard deviation over seeds; epochs of each seed:\n")
+print("| | train acc. | agreement with teacher | calibration error | epochs |")
+print("|---|---|---|---|---|")
+for name, words in NAMES.items():
+    train = spread(over_seeds(name, "train_acc"))
+    agreement = spread(over_seeds(name, "agreement"))
+    calibration = spread(100 * over_seeds(name, "ece"))
+    epochs = ", ".join(str(rows[name]["epochs"]) for rows in runs)
+    print(f"| {words} | {train} | {agreement} | {calibration} | {epochs} |")
