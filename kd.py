@@ -21,6 +21,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -531,6 +532,15 @@ def whole_file(path):
     unfinished.replace(path)
 
 
+def save_tensors(path, tensors):
+    """torch.save by way of memory: a full disk is an OSError then, as with every
+    other file."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(buffer.getvalue())
+
+
 def what_all_share(args):
     """All trainings in a folder must have this in common."""
     keys = ("recipe", "seed", "holdout", "limit", "images_digest")
@@ -587,8 +597,7 @@ def save_checkpoint(name, record, model, optimizer, args):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    with whole_file(args.results_dir / f"{name}_checkpoint.pt") as path:
-        torch.save(checkpoint, path)
+    save_tensors(args.results_dir / f"{name}_checkpoint.pt", checkpoint)
 
 
 def load_checkpoint(name, record, model, optimizer, args):
@@ -618,9 +627,9 @@ def save_result(name, record, model, args):
         np.savetxt(path, rows, "%.8g", delimiter=",", header=",".join(log[0]), comments="")
     draw_log(args.results_dir / f"{name}_train_logs.png", name, log)
     weights = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    with whole_file(args.results_dir / f"{name}.pt") as path:
-        torch.save(weights, path)
-        record["weights_digest"] = digest(path.read_bytes())
+    path = args.results_dir / f"{name}.pt"
+    save_tensors(path, weights)
+    record["weights_digest"] = digest(path.read_bytes())
     with whole_file(args.results_dir / f"{name}.json") as path:
         path.write_text(json.dumps(record, indent=1))
     (args.results_dir / f"{name}_checkpoint.pt").unlink()

@@ -612,6 +612,18 @@ def test_missing_data_diverging_loss_and_bad_folder(data_dir, tmp_path, capsys, 
     assert "file" in refused(capsys, run(data_dir, tmp_path / "file", "student"))
 
 
+def test_a_full_disk_is_one_line(data_dir, tmp_path, capsys):
+    resource = pytest.importorskip("resource")  # a limit on a file's size is the same to a program
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        code = run(data_dir, tmp_path, "teacher", "--epochs", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused(capsys, code)
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_link_to_a_parent_folder_multiplies_no_images(data_dir, data, tmp_path):
     root = shutil.copytree(data_dir, tmp_path / "data")
     (root / "train" / "cat" / "again").symlink_to(root / "train" / "cat")
