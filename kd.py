@@ -393,10 +393,8 @@ def bf16_is_faster(device):
     """Whether the device computes faster in bfloat16 than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)  # Ampere and later
-    if device.type == "cpu":
-        cpu = cpu_info()  # an Intel CPU that has avx512_bf16, but no AMX, is faster in float32
-        return "amx_bf16" in cpu or ("AuthenticAMD" in cpu and "avx512_bf16" in cpu)
-    return False
+    cpu = cpu_info()  # an Intel CPU that has avx512_bf16, but no AMX, is faster in float32
+    return "amx_bf16" in cpu or ("AuthenticAMD" in cpu and "avx512_bf16" in cpu)
 
 
 def cpu_info():
