@@ -202,7 +202,7 @@ def load_cifar10(data_dir):
 
 
 def load_split(data_dir, split):
-    """Images and labels of "train" or "test", with the classes mixed."""
+    """Images and labels of "train" or "test"."""
     try:
         if (data_dir / "train").exists() or (data_dir / "test").exists():
             dataset = torchvision.datasets.ImageFolder(data_dir / split)
@@ -222,7 +222,8 @@ def load_split(data_dir, split):
         ) from error
     if dataset.classes != CLASSES:  # with a class missing, others would get its label
         raise UserError(f"{data_dir / split} must hold ten folders: {', '.join(CLASSES)}")
-    # Sorted by digest: an order that is as good as random, and the same for both layouts.
+    # --limit and --holdout take slices, so the classes must be mixed, and in the same order whether
+    # the images come from folders or from torchvision. Sorting by digest does both.
     order = np.lexsort([labels, [digest(image.tobytes()) for image in images]])
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     return images, torch.tensor(labels)[order]
@@ -234,7 +235,8 @@ def digest(content):
 
 
 def read_image(path):
-    """An image file → uint8 (32, 32, 3), RGB. UserError if it is not that, or not without loss."""
+    """An image file → uint8 (32, 32, 3), RGB. UserError if it has another
+    size, cannot be read, or cannot become RGB without losing bits or transparency."""
     try:
         with Image.open(path) as image:
             if image.size != (32, 32):
@@ -275,7 +277,8 @@ def affine(images, angles, shears, dx=0.0, dy=0.0, mirror=1.0):
     tan = torch.tan(torch.deg2rad(shears.double()))
     cos = torch.cos(angle)
     sin = torch.sin(angle)
-    # Pixel (x, y) of the output, seen from the centre, comes from this place in the input:
+    # Backwards, by the inverse of these four steps: pixel (x, y) of the output, seen from the
+    # centre, comes from this place in the input:
     #     from_x = a·x + b·y + c
     #     from_y = d·x + e·y + f
     a = mirror * (cos - sin * tan)
@@ -305,8 +308,9 @@ def normalise(images):
 
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
-    What is random follows from seed and epoch, and is drawn on the CPU, where it is the same for
-    every GPU: all trainings of a seed, teacher's or student's, see the same images."""
+    What is random follows from seed and epoch alone, and is drawn on the CPU, where it is the same
+    for every GPU. So the first epochs of all trainings of a seed have the same images, and so have
+    the second: distilled student and control differ by the teacher alone."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
@@ -335,10 +339,11 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
         T = 1    cat 0.952   dog 0.047   truck 0.000   hardly more than the label
         T = 5    cat 0.571   dog 0.313   truck 0.115   a cat, more like a dog than a truck
 
-    Why this order? Let p be the teacher's and q the student's softmax of logits / T. Then
-    KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: where the teacher sees a likeness, the
-    student must see it, too. F.kl_div wants log q first, and p or (with log_target) log p second.
-    Both logs come from log_softmax: a softmax may underflow to 0, whose log is -inf.
+    Why KL(teacher ‖ student), not the reverse? Let p be the teacher's softmax of logits / T and q
+    the student's. Then KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: where the teacher
+    sees a likeness, the student must see it, too. F.kl_div wants log q first, and p or (with
+    log_target) log p second. Both logs come from log_softmax: a softmax may underflow to 0, whose
+    log is -inf.
 
     Why T²? The gradient of KL alone, in the student's logits, is (q - p) / T. A large T also makes
     p and q flat, so that q - p itself shrinks as 1/T. T² makes up for both: whatever T is, alpha
@@ -420,9 +425,11 @@ def train_epoch(model, teacher, optimizer, data, settings, seed, epoch):
         teacher.eval()  # BatchNorm uses its running averages and leaves them as they are
     n = len(data.train_images)
     steps = math.ceil(n / settings.batch_size)
-    loss_sum = torch.zeros((), device=data.train_images.device)  # on the GPU, if there is one:
-    correct = torch.zeros((), device=data.train_images.device)  # reading them would mean to wait
+    # The sums stay on the device: to read them at each step, the CPU would wait for the GPU.
+    loss_sum = torch.zeros((), device=data.train_images.device)
+    correct = torch.zeros((), device=data.train_images.device)
     batches = training_batches(data.train_images, data.train_labels, settings, seed, epoch)
+    # With disable=None there is no bar if the output goes to a file.
     bar = tqdm(batches, desc=f"epoch {epoch}", total=steps, leave=False, disable=None)
     for step, (inputs, labels) in enumerate(bar):
         epochs_done = epoch - 1 + step / steps
@@ -474,7 +481,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    record = new_record(name, settings, args, builds_on)
+    record = new_record(name, settings, args, builds_on)  # how the training is made, and its log
     if args.resume and is_finished(name, record, args):
         print(f"{name} is finished")
         return
@@ -483,7 +490,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
     log = record["log"]  # a row per epoch; empty, unless there was a checkpoint
     early_stopping = EarlyStopping(settings.patience, settings.min_delta)
     stop = False
-    for row in log:
+    for row in log:  # with --resume: early stopping sees the epochs before
         stop = early_stopping(row["train_loss"])
     while not stop and len(log) < settings.epochs:
         epoch = len(log) + 1
@@ -531,8 +538,8 @@ def whole_file(path):
 
 
 def save_tensors(path, tensors):
-    """torch.save by way of memory: a full disk is an OSError then, as with every
-    other file."""
+    """torch.save by way of memory: a full disk then raises OSError, as for every other file, which
+    main shows in one line. torch.save itself would raise RuntimeError."""
     buffer = io.BytesIO()
     torch.save(tensors, buffer)
     with whole_file(path) as unfinished:
@@ -548,7 +555,7 @@ def what_all_share(args):
 def new_record(name, settings, args, builds_on):
     """How a training is made. Two with the same `experiment` are the same training."""
     experiment = {"network": name, **what_all_share(args), **dataclasses.asdict(settings)}
-    if name != "dist_student":
+    if name != "dist_student":  # the others do not use them, so another T changes nothing there
         del experiment["temperature"], experiment["alpha"]
     for source in builds_on:
         experiment[f"{source}.pt"] = read_record(source, args)["weights_digest"]
@@ -647,12 +654,17 @@ def read_record(name, args):
 
 
 def is_finished(name, record, args):
-    """Whether this very training has left its result before. UserError if another one has."""
+    """Whether this very training has left its result before. UserError if one with other settings
+    has. One that built on other weights is out of date: it is made anew."""
     path = args.results_dir / f"{name}.json"
     if not path.exists() or (args.results_dir / f"{name}_checkpoint.pt").exists():
         return False
-    require_same(path, read_record(name, args)["experiment"], record["experiment"])
-    return True
+    before = read_record(name, args)["experiment"]
+    expected = dict(record["experiment"])
+    for source in record["builds_on"]:
+        del expected[f"{source}.pt"]
+    require_same(path, before, expected)
+    return before == record["experiment"]
 
 
 def load_trained(name, args):
@@ -794,7 +806,7 @@ def show_image(axes, data, image, text=""):
 
 
 def draw_soft_targets(path, data, teacher_logits, temperature):
-    """What the student learns from: the teacher's answers at T = 1 and softened."""
+    """What soft targets look like: the teacher's answers at T = 1 and softened."""
     figure, panels = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
     for image in range(min(4, len(teacher_logits))):
         show_image(panels[0, image], data, image)
@@ -897,6 +909,7 @@ def control(args, data):
     settings = args.settings_from_student
     path = args.results_dir / "dist_student.json"
     require_same(path, distilled["experiment"], dataclasses.asdict(settings))
+    # Early stopping has decided when distillation ends, and so when the control ends.
     settings = dataclasses.replace(settings, epochs=len(distilled["log"]), patience=None)
     builds_on = ["student", "dist_student"]
     train("control", student, settings, args, data, builds_on=builds_on)
@@ -946,7 +959,8 @@ STAGES = {
 
 def new_network(kind, args):
     """A TeacherModel or StudentModel; its initial weights follow from the seed."""
-    torchsummary.summary(kind(), (3, 32, 32), device="cpu")  # prints the layers of such a network
+    # Of a network apart, since summary runs it, which moves BatchNorm's averages.
+    torchsummary.summary(kind(), (3, 32, 32), device="cpu")
     torch.manual_seed(args.seed)
     return kind().to(args.device, memory_format=torch.channels_last)
 
@@ -1003,6 +1017,8 @@ def parse_args(argv):
             changes[field.name] = getattr(args, field.name)
     args.settings_from_scratch = dataclasses.replace(RECIPES[args.recipe].from_scratch, **changes)
     args.settings_from_student = dataclasses.replace(RECIPES[args.recipe].from_student, **changes)
+    if args.patience is not None and args.settings_from_scratch.decay > 0:
+        parser.error(f"--patience: in {args.recipe}, lr is to fall to 0, so nothing stops early")
     return args
 
 

@@ -24,6 +24,7 @@ import kd
 NAMES = ["teacher", "student", "dist_student", "control"]
 PER_CLASS = {"train": 16, "test": 8}
 EPOCHS = 8
+OPTIONS = ["--epochs", EPOCHS, "--batch-size", 32, "--lr", 0.003]
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +67,7 @@ def finished(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "all"
     patch = pytest.MonkeyPatch()
     patch.setattr(kd, "bf16_is_faster", lambda device: False)
-    options = ["--epochs", EPOCHS, "--batch-size", 32, "--lr", 0.003]
-    assert run(data_dir, folder, "all", *options) == 0
+    assert run(data_dir, folder, "all", *OPTIONS) == 0
     patch.undo()
     return folder
 
@@ -492,6 +492,14 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(data_dir, tmp_path, monkey
     assert "student is finished" in capsys.readouterr().out
 
 
+def test_resume_trains_anew_what_built_on_other_weights(finished, copy, data_dir, capsys):
+    rewrite(copy / "control.json", **{"dist_student.pt": "0"})
+    assert run(data_dir, copy, "all", "--resume", *OPTIONS) == 0
+    out = capsys.readouterr().out
+    assert [f"{name} is finished" in out for name in NAMES] == [True, True, True, False]
+    assert (copy / "control.pt").read_bytes() == (finished / "control.pt").read_bytes()
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -527,6 +535,13 @@ def test_impossible_options_are_usage_errors(option, capsys):
         kd.main(["--stage", "all", f"--{option}"])
     assert error.value.code == 2
     assert option.partition("=")[0] in capsys.readouterr().err
+
+
+def test_early_stopping_in_mid_decay_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as error:
+        kd.main(["--stage", "all", "--recipe", "strong", "--patience", "5"])
+    assert error.value.code == 2
+    assert "--patience" in capsys.readouterr().err
 
 
 def rewrite(path, **changes):
@@ -574,7 +589,7 @@ def test_evaluate_refuses_other_test_images_and_a_new_student(copy, data_dir, ca
 
 
 def test_damaged_checkpoint_is_named(data_dir, tmp_path, capsys):
-    for content in (b"", b"text", pickle.dumps(print)):
+    for content in (b"", b"text", pickle.dumps(print, 2)):
         (tmp_path / "student_checkpoint.pt").write_bytes(content)
         message = refused(capsys, run(data_dir, tmp_path, "student", "--resume"))
         assert "student_checkpoint.pt is damaged" in message
