@@ -465,7 +465,8 @@ def test_records_say_how_each_was_made(finished):
 
 
 def test_a_stopped_training_goes_on_to_the_same_bytes(data_dir, tmp_path, monkeypatch, capsys):
-    options = ["--epochs", 3, "--batch-size", 40, "--lr", 0.003]
+    options = ["--epochs", 9, "--patience", 2, "--min-delta", 1e9]  # early stopping after the third
+    options += ["--batch-size", 40, "--lr", 0.003]
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     assert run(data_dir, whole, "student", *options) == 0
     test, calls = kd.test, []
