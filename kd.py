@@ -654,17 +654,17 @@ def read_record(name, args):
 
 
 def is_finished(name, record, args):
-    """Whether this very training has left its result before. UserError if one with other settings
-    has. One that built on other weights is out of date: it is made anew."""
+    """Whether this very training has left its result before. One that built on other weights is out
+    of date, and made anew. UserError if the settings were others."""
     path = args.results_dir / f"{name}.json"
     if not path.exists() or (args.results_dir / f"{name}_checkpoint.pt").exists():
         return False
     before = read_record(name, args)["experiment"]
-    expected = dict(record["experiment"])
     for source in record["builds_on"]:
-        del expected[f"{source}.pt"]
-    require_same(path, before, expected)
-    return before == record["experiment"]
+        if before.get(f"{source}.pt") != record["experiment"][f"{source}.pt"]:
+            return False
+    require_same(path, before, record["experiment"])
+    return True
 
 
 def load_trained(name, args):

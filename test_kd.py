@@ -494,7 +494,7 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(data_dir, tmp_path, monkey
 
 
 def test_resume_trains_anew_what_built_on_other_weights(finished, copy, data_dir, capsys):
-    rewrite(copy / "control.json", **{"dist_student.pt": "0"})
+    rewrite(copy / "control.json", epochs=3, **{"dist_student.pt": "0"})
     assert run(data_dir, copy, "control", "--resume", *OPTIONS) == 0
     assert "is finished" not in capsys.readouterr().out
     assert (copy / "control.pt").read_bytes() == (finished / "control.pt").read_bytes()
