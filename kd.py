@@ -76,7 +76,8 @@ class Recipe(NamedTuple):
     from_student: Settings
 
 
-# More steps of smaller batches. lr rises, then falls to 0 in the last epoch: no early stopping.
+# More steps of smaller batches. lr rises for a fifth of the epochs and falls for the rest, to 0 at
+# the end: so nothing stops early.
 STRONG = Settings(
     epochs=60,
     batch_size=512,
@@ -206,7 +207,7 @@ def load_split(data_dir, split):
     try:
         if (data_dir / "train").exists() or (data_dir / "test").exists():
             dataset = torchvision.datasets.ImageFolder(data_dir / split)
-            # By their real paths, so that an image counts once even if links lead to it twice.
+            # By their real paths: otherwise a link to a folder would bring its images once more.
             label_of = {os.path.realpath(path): label for path, label in dataset.samples}
             images = np.stack([read_image(path) for path in label_of])
             labels = list(label_of.values())
@@ -223,7 +224,8 @@ def load_split(data_dir, split):
     if dataset.classes != CLASSES:  # with a class missing, others would get its label
         raise UserError(f"{data_dir / split} must hold ten folders: {', '.join(CLASSES)}")
     # --limit and --holdout take slices, so the classes must be mixed, and in the same order whether
-    # the images come from folders or from torchvision. Sorting by digest does both.
+    # the images come from folders or from torchvision. Sorting by digest does both. (To lexsort the
+    # last key is the first. The labels decide between equal images.)
     order = np.lexsort([labels, [digest(image.tobytes()) for image in images]])
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     return images, torch.tensor(labels)[order]
@@ -235,8 +237,8 @@ def digest(content):
 
 
 def read_image(path):
-    """An image file → uint8 (32, 32, 3), RGB. UserError if it has another
-    size, cannot be read, or cannot become RGB without losing bits or transparency."""
+    """An image file → uint8 (32, 32, 3), RGB. UserError if it cannot be read,
+    has another size, or a mode whose 16 bits or transparency RGB would lose."""
     try:
         with Image.open(path) as image:
             if image.size != (32, 32):
@@ -273,14 +275,17 @@ def affine(images, angles, shears, dx=0.0, dy=0.0, mirror=1.0):
     torchvision's affine with nearest neighbours; torchvision turns a whole batch by one angle, this
     turns each image by its own.
     """
-    angle = torch.deg2rad(angles.double())  # float32 would now and then pick the pixel beside it
+    # In float64, and rounded below, as torchvision does: float32 throughout would now and then pick
+    # the pixel beside it.
+    angle = torch.deg2rad(angles.double())
     tan = torch.tan(torch.deg2rad(shears.double()))
     cos = torch.cos(angle)
     sin = torch.sin(angle)
-    # Backwards, by the inverse of these four steps: pixel (x, y) of the output, seen from the
-    # centre, comes from this place in the input:
-    #     from_x = a·x + b·y + c
-    #     from_y = d·x + e·y + f
+    # Where in the input does pixel (x, y) of the output come from, both seen from the centre?
+    #     moved and rotated back:   u = cos·(x - dx) + sin·(y - dy)
+    #                               v = cos·(y - dy) - sin·(x - dx)
+    #     sheared, mirrored back:   from_x = mirror·(u + tan·v) = a·x + b·y + c
+    #                               from_y = v                  = d·x + e·y + f
     a = mirror * (cos - sin * tan)
     b = mirror * (sin + cos * tan)
     c = -(a * dx + b * dy)
@@ -309,8 +314,8 @@ def normalise(images):
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels); the last batch may be smaller.
     What is random follows from seed and epoch alone, and is drawn on the CPU, where it is the same
-    for every GPU. So the first epochs of all trainings of a seed have the same images, and so have
-    the second: distilled student and control differ by the teacher alone."""
+    for every GPU. So epoch 1 has the same order and augmentation in all trainings of a seed, and so
+    has each later one: distilled student and control differ by the teacher alone."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
@@ -474,7 +479,7 @@ def test(model, images, labels):
 def train(name, model, settings, args, data, teacher=None, builds_on=()):
     """Train until early stopping or the last epoch. Leaves <name>.pt, .json, and the log as CSV
     and picture; until then <name>_checkpoint.pt, from which --resume goes on. `builds_on` names
-    the trained networks that this training started or learned from."""
+    the trained networks that this training depends on."""
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=settings.lr,  # train_epoch sets it for each step
@@ -486,7 +491,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         print(f"{name} is finished")
         return
     if args.resume:
-        load_checkpoint(name, record, model, optimizer, args)
+        load_checkpoint(name, record, model, optimizer, args)  # changes all three, if there is one
     log = record["log"]  # a row per epoch; empty, unless there was a checkpoint
     early_stopping = EarlyStopping(settings.patience, settings.min_delta)
     stop = False
@@ -501,7 +506,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         seconds = time.perf_counter() - start
         test_loss, test_acc = test(model, data.test_images, data.test_labels)
         if not math.isfinite(train_loss + test_loss):
-            raise UserError(f"{name}: the loss is not finite in epoch {epoch}: lower --lr")
+            raise UserError(f"{name}: loss not finite in epoch {epoch}: start anew, --lr lower")
         row = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -547,7 +552,8 @@ def save_tensors(path, tensors):
 
 
 def what_all_share(args):
-    """All trainings in a folder must have this in common."""
+    """All trainings in a folder must have this in common: some options, and the images (`run` has
+    added their digest to args)."""
     keys = ("recipe", "seed", "holdout", "limit", "images_digest")
     return {key: getattr(args, key) for key in keys}
 
@@ -564,6 +570,7 @@ def new_record(name, settings, args, builds_on):
         "experiment": experiment,
         "builds_on": list(builds_on),
         "command": args.command,
+        # A list: a training that goes on after --resume adds where it does.
         "made_with": [f"{hardware(args.device)}, {versions}, Python {platform.python_version()}"],
         "log": [],
     }
@@ -583,14 +590,14 @@ def hardware(device):
     return f"{os.cpu_count()} × {processor}, {precision}"
 
 
-def require_same(path, experiment, expected):
+def require_same(name, path, experiment, expected):
     """UserError that names the first difference, if `experiment` is not what is expected."""
     for key, value in expected.items():
         if experiment.get(key) != value:
             raise UserError(
                 f"{path} was made with {key} {experiment.get(key)}, not {value}: give the same "
-                f"options, train it anew (--stage {STAGE_OF[experiment['network']]}), or choose "
-                "another --results-dir"
+                f"options, train it anew (--stage {STAGE_OF[name]}), or choose another "
+                "--results-dir"
             )
 
 
@@ -615,7 +622,7 @@ def load_checkpoint(name, record, model, optimizer, args):
         before = checkpoint["record"]
     except Exception as error:  # torch has no class of its own for what is wrong in a file
         raise UserError(f"{path} is damaged, delete it: {error}") from error
-    require_same(path, before["experiment"], record["experiment"])
+    require_same(name, path, before["experiment"], record["experiment"])
     model.load_state_dict(checkpoint["model"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     record["log"] = before["log"]
@@ -647,7 +654,7 @@ def read_record(name, args):
         raise UserError(f"{path} is missing: --stage {STAGE_OF[name]} makes it")
     try:
         record = json.loads(path.read_text())
-        require_same(path, record["experiment"], {"network": name})
+        require_same(name, path, record["experiment"], {"network": name})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no record of a training: {error!r}") from error
     return record
@@ -663,7 +670,7 @@ def is_finished(name, record, args):
     for source in record["builds_on"]:
         if before.get(f"{source}.pt") != record["experiment"][f"{source}.pt"]:
             return False
-    require_same(path, before, record["experiment"])
+    require_same(name, path, before, record["experiment"])
     return True
 
 
@@ -675,7 +682,7 @@ def load_trained(name, args):
     expected = what_all_share(args)
     for source in record["builds_on"]:
         expected[f"{source}.pt"] = read_record(source, args)["weights_digest"]
-    require_same(path, record["experiment"], expected)
+    require_same(name, path, record["experiment"], expected)
     if not path.exists() or digest(path.read_bytes()) != record["weights_digest"]:
         raise UserError(f"{path} is missing or changed: --stage {STAGE_OF[name]} makes it anew")
     model = StudentModel()
@@ -719,8 +726,9 @@ def last_five(log):
 
 
 def calibration_error(logits, labels):
-    """Expected calibration error, from 0 to 1 (Guo et al. 2017, section 2): the gap between
-    confidence and accuracy, a mean over 15 bins of confidence, weighted by their images."""
+    """Expected calibration error, from 0 to 1 (Guo et al. 2017, section 2): the gap between mean
+    confidence and accuracy in each of 15 bins of confidence, weighted by the bin's share of the
+    images. Gap times share is the bin's sum of single gaps, divided by the number of all images."""
     confidence, answers = logits.softmax(dim=1).max(dim=1)
     gaps = confidence - (answers == labels).float()
     bins = (15 * confidence).long().clamp(max=14)
@@ -798,21 +806,21 @@ def draw_accuracy(path, logs):
     save_figure(path, figure)
 
 
-def show_image(axes, data, image, text=""):
+def show_image(axes, data, index, text=""):
     """A test image under its label and a text."""
-    axes.imshow(data.test_images[image].permute(1, 2, 0).numpy())
-    axes.set_title(f"{CLASSES[data.test_labels[image]]}{text}", fontsize=9)
+    axes.imshow(data.test_images[index].permute(1, 2, 0).numpy())
+    axes.set_title(f"{CLASSES[data.test_labels[index]]}{text}", fontsize=9)
     axes.axis("off")
 
 
 def draw_soft_targets(path, data, teacher_logits, temperature):
     """What soft targets look like: the teacher's answers at T = 1 and softened."""
     figure, panels = plt.subplots(2, 4, figsize=(13, 6), layout="constrained")
-    for image in range(min(4, len(teacher_logits))):
-        show_image(panels[0, image], data, image)
-        axes = panels[1, image]
+    for index in range(min(4, len(teacher_logits))):
+        show_image(panels[0, index], data, index)
+        axes = panels[1, index]
         for t, offset in ((1, -0.2), (temperature, 0.2)):
-            soft_targets = (teacher_logits[image] / t).softmax(dim=0).numpy()
+            soft_targets = (teacher_logits[index] / t).softmax(dim=0).numpy()
             axes.bar(np.arange(10) + offset, soft_targets, width=0.4, label=f"T = {t:g}")
         axes.set_xticks(range(10), CLASSES, rotation=90)
         axes.set_ylim(0, 1)
@@ -821,18 +829,18 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
 
 
 def draw_answers(path, title, data, logits, rows):
-    """Three rows of up to six test images, with the networks' answers."""
+    """Three rows of up to six test images, given by their indices, with the networks' answers."""
     figure, panels = plt.subplots(3, 6, figsize=(13, 9), layout="constrained")
     figure.suptitle(title)
     for axes in panels.flat:
         axes.axis("off")
-    for row, images in enumerate(rows):
-        for column, image in enumerate(images.tolist()):
+    for row, indices in enumerate(rows):
+        for column, index in enumerate(indices.tolist()):
             text = ""
             for name in ("teacher", "student", "dist_student"):
-                confidence, answer = logits[name][image].softmax(dim=0).max(dim=0)
+                confidence, answer = logits[name][index].softmax(dim=0).max(dim=0)
                 text += f"\n{IN_WORDS[name]}: {CLASSES[answer]} {confidence:.0%}"
-            show_image(panels[row, column], data, image, text)
+            show_image(panels[row, column], data, index, text)
     save_figure(path, figure)
 
 
@@ -908,7 +916,7 @@ def control(args, data):
     _, distilled = load_trained("dist_student", args)
     settings = args.settings_from_student
     path = args.results_dir / "dist_student.json"
-    require_same(path, distilled["experiment"], dataclasses.asdict(settings))
+    require_same("dist_student", path, distilled["experiment"], dataclasses.asdict(settings))
     # Early stopping has decided when distillation ends, and so when the control ends.
     settings = dataclasses.replace(settings, epochs=len(distilled["log"]), patience=None)
     builds_on = ["student", "dist_student"]
@@ -959,7 +967,7 @@ STAGES = {
 
 def new_network(kind, args):
     """A TeacherModel or StudentModel; its initial weights follow from the seed."""
-    # Of a network apart, since summary runs it, which moves BatchNorm's averages.
+    # summary runs the network and so changes BatchNorm's averages: it gets one of its own.
     torchsummary.summary(kind(), (3, 32, 32), device="cpu")
     torch.manual_seed(args.seed)
     return kind().to(args.device, memory_format=torch.channels_last)
