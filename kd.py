@@ -350,9 +350,9 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     log_target) log p second. Both logs come from log_softmax: a softmax may underflow to 0, whose
     log is -inf.
 
-    Why T²? The gradient of KL alone, in the student's logits, is (q - p) / T. A large T also makes
-    p and q flat, so that q - p itself shrinks as 1/T. T² makes up for both: whatever T is, alpha
-    means much the same.
+    Why T²? The gradient of KL alone, with respect to the student's logits, is (q - p) / T. A large T
+    also makes p and q flat, so that q - p itself shrinks as 1/T. T² makes up for both: whatever T
+    is, alpha means much the same.
 
     Why batchmean? KL is a sum over classes, and "batchmean" its mean over the N images. "mean"
     would divide by the number of classes, too: a soft loss ten times too small.
@@ -669,7 +669,7 @@ def is_finished(name, record, args):
     before = read_record(name, args)["experiment"]
     for source in record["builds_on"]:
         if before.get(f"{source}.pt") != record["experiment"][f"{source}.pt"]:
-            return False
+            return False  # out of date
     require_same(name, path, before, record["experiment"])
     return True
 
@@ -744,7 +744,7 @@ def compare(logits, name, other, labels):
     difference = 100 * (correct - other_correct)
     points = difference.mean().item()
     standard_error = difference.std().item() / math.sqrt(len(labels))
-    words = f"{IN_WORDS[name]} − {IN_WORDS[other]} = {points:+.2f} ± {standard_error:.2f} points"
+    words = f"{IN_WORDS[name]} - {IN_WORDS[other]} = {points:+.2f} ± {standard_error:.2f} points"
     if abs(points) <= 2 * standard_error:
         words += ": no difference seen"
     return words
@@ -919,7 +919,7 @@ def control(args, data):
     require_same("dist_student", path, distilled["experiment"], dataclasses.asdict(settings))
     # Early stopping has decided when distillation ends, and so when the control ends.
     settings = dataclasses.replace(settings, epochs=len(distilled["log"]), patience=None)
-    builds_on = ["student", "dist_student"]
+    builds_on = ["student", "dist_student"]  # the latter for its number of epochs
     train("control", student, settings, args, data, builds_on=builds_on)
 
 

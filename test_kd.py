@@ -445,7 +445,7 @@ def test_all_learns_and_its_figures_are_right(finished, data):
     rights = {name: (answer == data[3].numpy()) * 100.0 for name, answer in answers.items()}
     gain = rights["dist_student"] - rights["control"]
     error = gain.std(ddof=1) / math.sqrt(len(gain))
-    assert f"distilled student − control = {gain.mean():+.2f} ± {error:.2f} points" in table
+    assert f"distilled student - control = {gain.mean():+.2f} ± {error:.2f} points" in table
 
 
 def test_records_say_how_each_was_made(finished):
