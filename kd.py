@@ -224,8 +224,8 @@ def load_split(data_dir, split):
     if dataset.classes != CLASSES:  # with a class missing, others would get its label
         raise UserError(f"{data_dir / split} must hold ten folders: {', '.join(CLASSES)}")
     # --limit and --holdout take slices, so the classes must be mixed, and in the same order whether
-    # the images come from folders or from torchvision. Sorting by digest does both. (To lexsort the
-    # last key is the first. The labels decide between equal images.)
+    # the images come from folders or from torchvision. Sorting by digest does both. (np.lexsort
+    # sorts by its last key, the digests; where images are equal, by their labels.)
     order = np.lexsort([labels, [digest(image.tobytes()) for image in images]])
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     return images, torch.tensor(labels)[order]
@@ -275,8 +275,8 @@ def affine(images, angles, shears, dx=0.0, dy=0.0, mirror=1.0):
     torchvision's affine with nearest neighbours; torchvision turns a whole batch by one angle, this
     turns each image by its own.
     """
-    # In float64, and rounded below, as torchvision does: float32 throughout would now and then pick
-    # the pixel beside it.
+    # In float64, and float32 from the grid on, as torchvision does: float32 throughout would now
+    # and then pick the pixel beside it.
     angle = torch.deg2rad(angles.double())
     tan = torch.tan(torch.deg2rad(shears.double()))
     cos = torch.cos(angle)
@@ -350,8 +350,8 @@ def distillation_loss(student_logits, teacher_logits, targets, temperature, alph
     log_target) log p second. Both logs come from log_softmax: a softmax may underflow to 0, whose
     log is -inf.
 
-    Why T²? The gradient of KL alone, with respect to the student's logits, is (q - p) / T. A large T
-    also makes p and q flat, so that q - p itself shrinks as 1/T. T² makes up for both: whatever T
+    Why T²? The gradient of KL alone, with respect to the student's logits, is (q - p) / T. A large
+    T also makes p and q flat, so that q - p itself shrinks as 1/T. T² makes up for both: whatever T
     is, alpha means much the same.
 
     Why batchmean? KL is a sum over classes, and "batchmean" its mean over the N images. "mean"
@@ -506,7 +506,9 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         seconds = time.perf_counter() - start
         test_loss, test_acc = test(model, data.test_images, data.test_labels)
         if not math.isfinite(train_loss + test_loss):
-            raise UserError(f"{name}: loss not finite in epoch {epoch}: start anew, --lr lower")
+            raise UserError(
+                f"{name}: loss not finite in epoch {epoch}: delete checkpoint, lower --lr"
+            )
         row = {
             "epoch": epoch,
             "train_loss": train_loss,
@@ -563,6 +565,7 @@ def new_record(name, settings, args, builds_on):
     experiment = {"network": name, **what_all_share(args), **dataclasses.asdict(settings)}
     if name != "dist_student":  # the others do not use them, so another T changes nothing there
         del experiment["temperature"], experiment["alpha"]
+    # These stand for the weights that it builds on: if they are made anew, it is out of date.
     for source in builds_on:
         experiment[f"{source}.pt"] = read_record(source, args)["weights_digest"]
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
@@ -596,7 +599,7 @@ def require_same(name, path, experiment, expected):
         if experiment.get(key) != value:
             raise UserError(
                 f"{path} was made with {key} {experiment.get(key)}, not {value}: give the same "
-                f"options, train it anew (--stage {STAGE_OF[name]}), or choose another "
+                f"options, delete it and train anew (--stage {STAGE_OF[name]}), or choose another "
                 "--results-dir"
             )
 
@@ -664,7 +667,9 @@ def is_finished(name, record, args):
     """Whether this very training has left its result before. One that built on other weights is out
     of date, and made anew. UserError if the settings were others."""
     path = args.results_dir / f"{name}.json"
-    if not path.exists() or (args.results_dir / f"{name}_checkpoint.pt").exists():
+    weights = args.results_dir / f"{name}.pt"
+    checkpoint = args.results_dir / f"{name}_checkpoint.pt"
+    if checkpoint.exists() or not path.exists() or not weights.exists():
         return False
     before = read_record(name, args)["experiment"]
     for source in record["builds_on"]:
@@ -1025,8 +1030,9 @@ def parse_args(argv):
             changes[field.name] = getattr(args, field.name)
     args.settings_from_scratch = dataclasses.replace(RECIPES[args.recipe].from_scratch, **changes)
     args.settings_from_student = dataclasses.replace(RECIPES[args.recipe].from_student, **changes)
-    if args.patience is not None and args.settings_from_scratch.decay > 0:
-        parser.error(f"--patience: in {args.recipe}, lr is to fall to 0, so nothing stops early")
+    for option in ("patience", "min_delta"):
+        if option in changes and args.settings_from_scratch.decay > 0:
+            parser.error(f"{option}: in {args.recipe}, lr is to fall to 0, so nothing stops early")
     return args
 
 

@@ -539,11 +539,12 @@ def test_impossible_options_are_usage_errors(option, capsys):
     assert option.partition("=")[0] in capsys.readouterr().err
 
 
-def test_early_stopping_in_mid_decay_is_a_usage_error(capsys):
+@pytest.mark.parametrize("option", ["--patience", "--min-delta"])
+def test_early_stopping_in_mid_decay_is_a_usage_error(option, capsys):
     with pytest.raises(SystemExit) as error:
-        kd.main(["--stage", "all", "--recipe", "strong", "--patience", "5"])
+        kd.main(["--stage", "all", "--recipe", "strong", option, "5"])
     assert error.value.code == 2
-    assert "--patience" in capsys.readouterr().err
+    assert option[2:5] in capsys.readouterr().err
 
 
 def rewrite(path, **changes):
