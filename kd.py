@@ -507,7 +507,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         test_loss, test_acc = test(model, data.test_images, data.test_labels)
         if not math.isfinite(train_loss + test_loss):
             raise UserError(
-                f"{name}: loss not finite in epoch {epoch}: delete checkpoint, lower --lr"
+                f"{name}: loss not finite, epoch {epoch}: delete checkpoint, lower --lr"
             )
         row = {
             "epoch": epoch,
