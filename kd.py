@@ -506,9 +506,7 @@ def train(name, model, settings, args, data, teacher=None, builds_on=()):
         seconds = time.perf_counter() - start
         test_loss, test_acc = test(model, data.test_images, data.test_labels)
         if not math.isfinite(train_loss + test_loss):
-            raise UserError(
-                f"{name}: loss not finite, epoch {epoch}: delete checkpoint, lower --lr"
-            )
+            raise UserError(f"{name}, epoch {epoch}: loss not finite: delete checkpoint, cut --lr")
         row = {
             "epoch": epoch,
             "train_loss": train_loss,
