@@ -729,9 +729,9 @@ def last_five(log):
 
 
 def calibration_error(logits, labels):
-    """Expected calibration error, from 0 to 1 (Guo et al. 2017, section 2): the gap between mean
-    confidence and accuracy in each of 15 bins of confidence, weighted by the bin's share of the
-    images. Gap times share is the bin's sum of single gaps, divided by the number of all images."""
+    """Expected calibration error, from 0 to 1 (Guo et al. 2017, section 2): over 15 bins of
+    confidence, the mean of |mean confidence - accuracy|, weighted by the bins' numbers of images.
+    These cancel the means' divisions by the same numbers, so that sums suffice."""
     confidence, answers = logits.softmax(dim=1).max(dim=1)
     gaps = confidence - (answers == labels).float()
     bins = (15 * confidence).long().clamp(max=14)
@@ -918,6 +918,7 @@ def control(args, data):
     student, _ = load_trained("student", args)
     _, distilled = load_trained("dist_student", args)
     settings = args.settings_from_student
+    # Distillation must have had the settings that are given now.
     path = args.results_dir / "dist_student.json"
     require_same("dist_student", path, distilled["experiment"], dataclasses.asdict(settings))
     # Early stopping has decided when distillation ends, and so when the control ends.
@@ -1028,9 +1029,9 @@ def parse_args(argv):
             changes[field.name] = getattr(args, field.name)
     args.settings_from_scratch = dataclasses.replace(RECIPES[args.recipe].from_scratch, **changes)
     args.settings_from_student = dataclasses.replace(RECIPES[args.recipe].from_student, **changes)
-    for option in ("patience", "min_delta"):
-        if option in changes and args.settings_from_scratch.decay > 0:
-            parser.error(f"{option}: in {args.recipe}, lr is to fall to 0, so nothing stops early")
+    stops_early = "patience" in changes or "min_delta" in changes
+    if stops_early and args.settings_from_scratch.decay > 0:
+        parser.error("--patience, --min-delta: nothing stops early where lr is to fall to 0")
     return args
 
 
