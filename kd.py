@@ -730,8 +730,8 @@ def last_five(log):
 
 def calibration_error(logits, labels):
     """Expected calibration error, from 0 to 1 (Guo et al. 2017, section 2): over 15 bins of
-    confidence, the mean of |mean confidence - accuracy|, weighted by the bins' numbers of images.
-    These cancel the means' divisions by the same numbers, so that sums suffice."""
+    confidence, the mean of |mean confidence - accuracy|, weighted by the bin's number of images.
+    That number cancels: the sum of the bin's gaps is enough."""
     confidence, answers = logits.softmax(dim=1).max(dim=1)
     gaps = confidence - (answers == labels).float()
     bins = (15 * confidence).long().clamp(max=14)

@@ -493,8 +493,17 @@ def test_a_stopped_training_goes_on_to_the_same_bytes(data_dir, tmp_path, monkey
     assert "student is finished" in capsys.readouterr().out
 
 
-def test_resume_trains_anew_what_built_on_other_weights(finished, copy, data_dir, capsys):
-    rewrite(copy / "control.json", epochs=3, **{"dist_student.pt": "0"})
+OUT_OF_DATE = {  # what of the folder f is out of date: how it comes about
+    "built on other weights": lambda f: rewrite(
+        f / "control.json", epochs=3, **{"dist_student.pt": "0"}
+    ),
+    "without weights": lambda f: (f / "control.pt").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", OUT_OF_DATE)
+def test_resume_trains_anew_what_is_out_of_date(damage, finished, copy, data_dir, capsys):
+    OUT_OF_DATE[damage](copy)
     assert run(data_dir, copy, "control", "--resume", *OPTIONS) == 0
     assert "is finished" not in capsys.readouterr().out
     assert (copy / "control.pt").read_bytes() == (finished / "control.pt").read_bytes()

@@ -1,4 +1,4 @@
-"""Print the tables over seeds: the two of README.md, then those of results/README.md. Run it from
+"""Print the tables over seeds: that of README.md, then those of results/README.md. Run it from
 the repository's root:
 
 python results/study/seeds.py
@@ -60,12 +60,8 @@ for name, words in NAMES.items():
     for recipe in RECIPES:
         cells += [spread(over_seeds(recipe, name, figure)) for figure in FIGURES]
     print_row(cells)
-print()
-
-print_row(["", *titles])
-print("|---" * 5 + "|")
 for name, other in PAIRS:
-    cells = [f"{NAMES[name]} − {NAMES[other]}"]
+    cells = [f"{NAMES[name]} − {NAMES[other]}", ""]
     for recipe in RECIPES:
         for figure in FIGURES:
             cells.append(mean_difference(differences(recipe, name, other, figure)))
