@@ -74,7 +74,8 @@ class Settings:
     rotation: float = 10.0  # each training image is rotated by up to this many degrees, either way,
     shear: float = 10.0  # sheared along x by up to this many degrees,
     shift: int = 0  # shifted by up to this many pixels in x and in y,
-    flip: float = 0.0  # and mirrored with this probability
+    flip: float = 0.0  # mirrored with this probability,
+    cutout: int = 0  # and loses a square with sides of this many pixels
     temperature: float = 5.0  # T; only dist_student uses T and alpha
     alpha: float = 0.5  # weight of the label; the soft target has weight 1 - alpha
     patience: int = 5  # early stopping: training ends when the training loss has changed by less
@@ -313,6 +314,15 @@ def normalise(images):
     return inputs.contiguous(memory_format=torch.channels_last)
 
 
+def cut_out(inputs, centres, size):
+    """Set one square in each image to 0, the mean (DeVries & Taylor 2017, arXiv:1708.04552).
+    `centres` (2, N): from 0 to 32, so the square may lie partly outside."""
+    pixels = torch.arange(32, device=inputs.device) + 0.5
+    inside = (pixels - centres[:, :, None]).abs() < size / 2  # (2, N, 32): in x and in y
+    square = inside[0][:, None, :] & inside[1][:, :, None]  # (N, 32, 32)
+    return inputs.masked_fill(square[:, None], 0)
+
+
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels). Order and augmentation depend on
     seed and epoch alone, so they are the same for dist_student and control, and, since the random
@@ -326,10 +336,14 @@ def training_batches(images, labels, settings, seed, epoch):
     mirror = torch.where(torch.rand(n, generator=generator) < settings.flip, -1, 1)
     changes = torch.stack([settings.rotation * angle, settings.shear * shear, dx, dy, mirror])
     changes = changes.to(images.device)  # (5, n)
+    centres = 32 * torch.rand(2, n, generator=generator).to(images.device)
     for start in range(0, n, settings.batch_size):
         batch = slice(start, start + settings.batch_size)
         chosen = order[batch]
-        yield normalise(affine(images[chosen], changes[:, batch])), labels[chosen]
+        inputs = normalise(affine(images[chosen], changes[:, batch]))
+        if settings.cutout > 0:
+            inputs = cut_out(inputs, centres[:, batch], settings.cutout)
+        yield inputs, labels[chosen]
 
 
 # === 4. The loss: what this file is about =========================================================
