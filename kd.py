@@ -86,9 +86,8 @@ class Settings:
         for name, value in vars(self).items():
             if not 0 <= value < math.inf:  # nan is refused, too
                 raise ValueError(f"{name} must be a finite number and not negative: {value}")
-        for name in ("epochs", "batch_size", "lr", "temperature", "patience"):
-            if getattr(self, name) == 0:
-                raise ValueError(f"{name} must be positive")
+        if 0 in (self.epochs, self.batch_size, self.lr, self.temperature, self.patience):
+            raise ValueError("epochs, batch_size, lr, temperature and patience must not be 0")
         if self.flip > 1 or self.alpha > 1:
             raise ValueError("flip and alpha must be at most 1")
         if self.warmup >= 1 or self.momentum >= 1:
@@ -98,7 +97,7 @@ class Settings:
 # For higher accuracy: more steps, on smaller batches, at a higher learning rate that then falls.
 # These values, T and alpha included, were chosen on held-out training images: results/README.md.
 STRONG = Settings(
-    epochs=60,
+    epochs=100,
     batch_size=512,
     lr=0.2,
     warmup=0.2,
@@ -107,6 +106,7 @@ STRONG = Settings(
     shear=0.0,
     shift=4,
     flip=0.5,
+    cutout=12,
     temperature=4.0,
     alpha=0.1,
 )
@@ -234,9 +234,11 @@ def load_split(data_dir, split):
         )
     if dataset.classes != CLASSES:
         sys.exit(f"{data_dir / split} must hold the folders {', '.join(CLASSES)}, and no others")
-    # ImageFolder lists class by class, CIFAR10 does not. Sorting by fingerprint gives both the same
-    # order, in which the classes are mixed: --limit and --holdout take slices.
-    order = np.argsort([fingerprint(image.tobytes()) for image in images], kind="stable")
+    # ImageFolder lists class by class, CIFAR10 does not. Sorting by hash gives both the same order,
+    # in which the classes are mixed: --limit and --holdout take slices.
+    order = np.argsort(
+        [hashlib.sha256(image.tobytes()).hexdigest() for image in images], kind="stable"
+    )
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     return images, torch.tensor(dataset.targets)[order]
 
@@ -250,11 +252,6 @@ def read_image(path):
     if image.shape != (32, 32, 3):
         sys.exit(f"{path} has {image.shape[1]}×{image.shape[0]} pixels, not 32×32")
     return image
-
-
-def fingerprint(content):
-    """16 hexadecimal digits: the same for the same bytes, and different for different bytes."""
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def hold_out(data, n):
@@ -429,9 +426,10 @@ def train_epoch(model, settings, data, teacher, optimizer, seed, epoch):
         teacher.eval()  # BatchNorm uses its running averages, and leaves them as they are
     n = len(data.train_images)
     steps = math.ceil(n / settings.batch_size)
-    # These sums stay on the device. Reading them at each step would make the CPU wait for the GPU.
-    loss_sum = torch.zeros((), device=data.train_images.device)
-    correct = torch.zeros((), device=data.train_images.device)
+    # These sums become tensors on the device, and are read only after the last step: reading them
+    # at each step would make the CPU wait for the GPU.
+    loss_sum = 0
+    correct = 0
     batches = training_batches(data.train_images, data.train_labels, settings, seed, epoch)
     # disable=None: a progress bar on a terminal, none in a file.
     bar = tqdm(batches, desc=f"epoch {epoch}", total=steps, leave=False, disable=None)
@@ -485,11 +483,8 @@ def train(name, model, args, data, teacher=None):
     path = args.results_dir / f"{name}.pt"
     if path.exists():
         model, run = load(name, args, settings)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.lr,  # train_epoch sets it before each step
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
+    optimizer = torch.optim.SGD(  # train_epoch sets lr before each step
+        model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
     log = run["log"]  # one row per epoch
     if log:
@@ -502,17 +497,15 @@ def train(name, model, args, data, teacher=None):
         seconds = time.perf_counter() - start
         row |= test(model, data) | {"seconds": seconds}
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
-            sys.exit(
-                f"{name}: the loss is no longer finite. Try a smaller --lr, with another "
-                f"--results-dir, or after deleting {path} if it is there"
-            )
+            advice = f"in another --results-dir, or after deleting {path} if it is there"
+            sys.exit(f"{name}: the loss is no longer finite. Try a smaller --lr, {advice}")
         columns = [f"{key} {value:<8.5g}" for key, value in row.items()]
         print(f"{name:12}", *columns, flush=True)
         if epoch == 1:
             minutes = settings.epochs * (time.perf_counter() - start) / 60
             print(f"{name}: at most {settings.epochs} epochs, about {minutes:.1f} minutes")
         log.append(row)
-        run["finished"] = is_finished([row["train_loss"] for row in log], settings)
+        run["finished"] = is_finished(column(log, "train_loss"), settings)
         run["model"] = model.state_dict()
         run["optimizer"] = optimizer.state_dict()
         if run["finished"]:
@@ -533,6 +526,12 @@ BUILDS_ON = {
 }
 
 
+def fingerprint(tensors):
+    """16 hexadecimal digits: the same for the same values, and different for different ones."""
+    content = b"".join(tensor.numpy().tobytes() for tensor in tensors)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def made_with(name, args, settings=None):
     """Everything that must match before a saved training may be used again: the network's name, the
     images, the weights it builds on; to train it further, settings and seed as well. (Device and
@@ -540,8 +539,7 @@ def made_with(name, args, settings=None):
     made = {"network": name, "images": args.images}  # args.images: a fingerprint, from `run`
     for source in BUILDS_ON[name]:
         _, run = load_trained(source, args)
-        weights = [tensor.numpy().tobytes() for tensor in run["model"].values()]
-        made[source] = fingerprint(b"".join(weights))
+        made[source] = fingerprint(run["model"].values())
     if settings is not None:
         made |= vars(settings) | {"seed": args.seed}
         if name != "dist_student":  # only distillation uses these two
@@ -585,14 +583,15 @@ def load(name, args, settings=None):
         reason = str(error).partition("\n")[0]
         sys.exit(f"{path} is damaged or of another network ({reason}): delete it")
     for key, value in made_with(name, args, settings).items():
-        if found.get(key) == value:
-            continue
-        if key in BUILDS_ON:
-            sys.exit(f"{path} was made with another {key}.pt: delete it")
-        advice = "use the same options, delete it to train anew, or choose another --results-dir"
-        if key == "images":
-            advice = "use the same --data-dir, --limit and --holdout, or another --results-dir"
-        sys.exit(f"{path} was made with {key} {found.get(key)}, not {value}: {advice}")
+        if found.get(key) != value:
+            if key in BUILDS_ON:
+                sys.exit(f"{path} builds on another {key}.pt: delete it")
+            advice = (
+                "use the same options, delete it to train anew, or choose another --results-dir"
+            )
+            if key == "images":
+                advice = "use the same --data-dir, --limit and --holdout, or another --results-dir"
+            sys.exit(f"{path} was made with {key} {found.get(key)}, not {value}: {advice}")
     return network.to(args.device, memory_format=torch.channels_last), run
 
 
@@ -629,6 +628,11 @@ def remaining_stages(stages, args):
     return remaining
 
 
+def column(log, key):
+    """One figure, epoch by epoch."""
+    return [row[key] for row in log]
+
+
 def write_log(name, log, args):
     """<name>_train_logs.csv, and its columns as curves in .png. train_loss is the loss that is
     minimised, test_loss is cross-entropy."""
@@ -638,8 +642,8 @@ def write_log(name, log, args):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     figure.suptitle(name)
     for axes, kind in zip(figure.subplots(1, 2), ("loss", "acc"), strict=True):
-        for column in (f"train_{kind}", f"test_{kind}"):
-            axes.plot([row["epoch"] for row in log], [row[column] for row in log], label=column)
+        for key in (f"train_{kind}", f"test_{kind}"):
+            axes.plot(column(log, "epoch"), column(log, key), label=key)
         axes.set_xlabel("epoch")
         axes.legend()
     figure.savefig(path.with_suffix(".png"))
@@ -651,24 +655,23 @@ def write_log(name, log, args):
 def last_five(log):
     """Mean test accuracy of the last five epochs. At a constant learning rate, accuracy jumps
     from epoch to epoch, and the last value alone is partly luck."""
-    return float(np.mean([row["test_acc"] for row in log[-5:]]))
+    return float(np.mean(column(log[-5:], "test_acc")))
 
 
 def measure(network, log, data):
-    """Logits of the test images, and the network's row in the table."""
-    predict(network, data.test_images[:2000])  # a first pass is slower
+    """Logits of the test images, on the CPU, and the network's row in the table."""
+    tested = test(network, data)  # comes before the clock starts: a first pass is slower
     start = time.perf_counter()
     logits = predict(network, data.test_images).cpu()
     seconds = time.perf_counter() - start
-    labels = data.test_labels.cpu()
     row = {
         "parameters": sum(p.numel() for p in network.parameters()),
-        "images_per_second": round(len(labels) / seconds),
+        "images_per_second": round(len(logits) / seconds),
         "epochs": len(log),
         "train_acc": log[-1]["train_acc"],
-        "test_acc": accuracy(logits, labels),
+        "test_acc": tested["test_acc"],
         "test_acc_last5": last_five(log),
-        "test_loss": F.cross_entropy(logits, labels).item(),
+        "test_loss": tested["test_loss"],
     }
     return logits, row
 
@@ -698,14 +701,12 @@ def write_summary(rows, verdict, runs, args):
     return summary
 
 
-def compare(name, other, logits, labels, runs):
+def compare(name, other, correct, runs):
     """Difference in test accuracy, in words: after the last epoch, with its standard error (paired:
     both networks see the same images), and over the last five epochs."""
-    correct = (logits[name].argmax(dim=1) == labels).float()
-    other_correct = (logits[other].argmax(dim=1) == labels).float()
-    difference = 100 * (correct - other_correct)
+    difference = 100 * (correct[name].float() - correct[other].float())
     mean = difference.mean().item()
-    standard_error = difference.std().item() / math.sqrt(len(labels))
+    standard_error = difference.std().item() / math.sqrt(len(difference))
     last = f"{mean:+.2f} ± {standard_error:.2f}"
     if abs(mean) < 1.96 * standard_error:
         last = f"no difference seen ({last})"
@@ -719,12 +720,11 @@ def draw_accuracy(path, runs):
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     student = runs["student"]["log"]
-    epochs = [row["epoch"] for row in student[-10:]]
-    curve = [row["test_acc"] for row in student[-10:]]
-    axes.plot(epochs, curve, ".-", color="grey", label="student")
+    last_ten = student[-10:]
+    axes.plot(column(last_ten, "epoch"), column(last_ten, "test_acc"), ".-", label="student")
     for name in ("control", "dist_student"):
         # The trained student's last point is the first of both.
-        curve = [row["test_acc"] for row in student[-1:] + runs[name]["log"]]
+        curve = column(student[-1:] + runs[name]["log"], "test_acc")
         epochs = range(len(student), len(student) + len(curve))
         axes.plot(epochs, curve, ".-", label=name)
     teacher = last_five(runs["teacher"]["log"])
@@ -748,7 +748,7 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
     for index in range(min(4, len(teacher_logits))):
         show_image(above[index], data, index)
         for t, height in ((temperature, 0.8), (1, 0.3)):
-            probabilities = (teacher_logits[index] / t).softmax(dim=0)
+            probabilities = (teacher_logits[index] / t).softmax(dim=0).numpy()
             below[index].barh(CLASSES, probabilities, height, label=f"T = {t:g}")
         below[index].legend()
     figure.savefig(path)
@@ -758,7 +758,7 @@ def draw_answers(path, title, data, logits, indices):
     """Up to 18 test images, each with what the networks answer."""
     figure = Figure(figsize=(13, 9), layout="constrained")
     figure.suptitle(title)
-    for index, axes in zip(indices.tolist(), figure.subplots(3, 6).flat, strict=False):
+    for index, axes in zip(indices, figure.subplots(3, 6).flat, strict=False):
         answers = ""
         for name in logits:
             confidence, answer = logits[name][index].softmax(dim=0).max(dim=0)
@@ -767,16 +767,15 @@ def draw_answers(path, title, data, logits, indices):
     figure.savefig(path)
 
 
-def draw_misclassified(path, data, logits):
+def draw_misclassified(path, data, logits, correct):
     """What distillation changes: up to six images of each of three kinds."""
-    labels = data.test_labels.cpu()
-    before = logits["student"].argmax(dim=1) == labels
-    after = logits["dist_student"].argmax(dim=1) == labels
+    before = correct["student"]
+    after = correct["dist_student"]
     kinds = {"still wrong": ~before & ~after, "corrected": ~before & after, "lost": before & ~after}
     counts = [f"{kind.sum():,} {words}" for words, kind in kinds.items()]
     indices = torch.cat([kind.nonzero().flatten()[:6] for kind in kinds.values()])
     title = f"After distillation: {', '.join(counts)}. The first six of each, in this order:"
-    draw_answers(path, title, data, logits, indices)
+    draw_answers(path, title, data, logits, indices.tolist())
 
 
 # === 8. The five stages: the experiment ===========================================================
@@ -832,27 +831,29 @@ def control(args, data):
 def evaluate(args, data):
     """All four networks on the test images: table, verdict and pictures."""
     folder = args.results_dir
+    labels = data.test_labels.cpu()
     runs = {}
     rows = {}
     logits = {}
+    correct = {}
     for name in BUILDS_ON:
         network, runs[name] = load_trained(name, args)
         log = runs[name]["log"]
         logits[name], rows[name] = measure(network, log, data)
-        rows[name]["agreement"] = accuracy(logits[name], logits["teacher"].argmax(dim=1))
+        answers = logits[name].argmax(dim=1)
+        correct[name] = answers == labels
+        rows[name]["agreement"] = accuracy(logits["teacher"], answers)
         write_log(name, log, args)
-    labels = data.test_labels.cpu()
     verdict = [
-        "Effect of the teacher: " + compare("dist_student", "control", logits, labels, runs),
-        "Effect of the second training: " + compare("control", "student", logits, labels, runs),
+        "Effect of the teacher: " + compare("dist_student", "control", correct, runs),
+        "Effect of the second training: " + compare("control", "student", correct, runs),
     ]
     summary = write_summary(rows, verdict, runs, args)
     draw_accuracy(folder / "accuracy.png", runs)
     temperature = runs["dist_student"]["made_with"]["temperature"]
     draw_soft_targets(folder / "soft_targets.png", data, logits["teacher"], temperature)
-    every_image = torch.arange(len(labels))
-    draw_answers(folder / "predictions.png", "Test images", data, logits, every_image)
-    draw_misclassified(folder / "misclassified.png", data, logits)
+    draw_answers(folder / "predictions.png", "Test images", data, logits, range(len(labels)))
+    draw_misclassified(folder / "misclassified.png", data, logits, correct)
     print(summary)
 
 
@@ -938,7 +939,7 @@ def parse_args(argv):
     except ValueError as error:
         parser.error(str(error))
     args.from_scratch, args.from_student = recipe
-    if args.from_scratch.warmup > 0 and ("patience" in changes or "min_delta" in changes):
+    if args.from_scratch.warmup > 0 and {"patience", "min_delta"}.intersection(changes):
         parser.error("--patience and --min-delta need a constant lr: --warmup 0")
     args.device = torch.device(args.device)
     args.results_dir = args.results_dir or Path("runs", args.recipe)
@@ -957,7 +958,7 @@ def run(args):
     if args.holdout is not None:
         data = hold_out(data, args.holdout)
     data = Data(*[tensor[: args.limit] for tensor in data])
-    args.images = fingerprint(b"".join(tensor.numpy().tobytes() for tensor in data))
+    args.images = fingerprint(data)
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)

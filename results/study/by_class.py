@@ -1,35 +1,47 @@
-"""Print what the teacher added, class by class, from the weights of a recipe's seed 0. Run it from
-the repository's root:
+"""Print, from one run's answers.npz (see answers.py), what the teacher added class by class, and
+how much of the agreement with the teacher comes from being right more often. Run it from the
+repository's root:
 
-python results/study/by_class.py reference
+python results/study/by_class.py results/reference
 """
 
 import math
 import sys
-from pathlib import Path
 
-import torch
+import numpy as np
 
 sys.path.append(".")
 import kd
 
-folder = Path("results", sys.argv[1])
-images, labels = kd.load_split(Path("data"), "test")
-right = {}
-for name in ("student", "dist_student", "control"):
-    model = kd.StudentModel()
-    model.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
-    right[name] = (kd.predict(model, images).argmax(dim=1) == labels).float()
+answers = np.load(f"{sys.argv[1]}/answers.npz")
+labels = answers["labels"]
 
-print("| | distilled student − control | control − student |")
+
+def right(name):
+    return answers[name] == labels
+
+
+def difference(name, other, chosen):
+    """Points, ± one standard error over these images, and how many standard errors it is."""
+    points = 100.0 * right(name)[chosen] - 100.0 * right(other)[chosen]
+    standard_error = points.std(ddof=1) / math.sqrt(len(points))
+    return f"{points.mean():+.2f} ± {standard_error:.2f} ({points.mean() / standard_error:+.1f})"
+
+
+print("| | dist_student − control | control − student |")
 print("|---|---|---|")
-groups = {"all": torch.ones(len(labels), dtype=torch.bool)}
+groups = {"all": np.full(len(labels), True)}
 for label, word in enumerate(kd.CLASSES):
     groups[word] = labels == label
 for word, chosen in groups.items():
-    cells = [word]
-    for name, other in (("dist_student", "control"), ("control", "student")):
-        difference = 100 * (right[name] - right[other])[chosen]
-        standard_error = difference.std().item() / math.sqrt(len(difference))
-        cells.append(f"{difference.mean().item():+.2f} ± {standard_error:.2f}")
-    print("|", " | ".join(cells), "|")
+    first = difference("dist_student", "control", chosen)
+    second = difference("control", "student", chosen)
+    print(f"| {word} | {first} | {second} |")
+
+print("\n| | agreement with teacher | where the teacher is right | where the teacher is wrong |")
+print("|---|---|---|---|")
+for name in ("student", "control", "dist_student"):
+    same = answers[name] == answers["teacher"]
+    cells = [100 * same.mean(), 100 * same[right("teacher")].mean()]
+    cells.append(100 * same[~right("teacher")].mean())
+    print(f"| {name} |", " | ".join(f"{cell:.2f}" for cell in cells), "|")
