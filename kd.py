@@ -1,35 +1,38 @@
 """Knowledge distillation in one file: a small network learns CIFAR-10 from a large one.
 
 A label says "cat". A trained network, the teacher, says more: almost certainly a cat, and if not,
-then far more likely a dog than a truck. That knowledge is in its small probabilities. To make them
-larger, its logits (the values before the softmax) are divided by a temperature T > 1. The result,
-softmax(logits / T), is called a soft target. A smaller network, the student, learns from the label
-and from the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
+then far more likely a dog than a truck. That knowledge is in its small probabilities. To bring them
+out, the teacher's logits (the values before the softmax) are divided by a temperature T > 1. The
+result, softmax(logits / T), is called a soft target. A smaller network, the student, then learns
+from both the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
 
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
 
-CE is the usual cross-entropy, KL the Kullback-Leibler divergence; teacher_T and student_T are the
-softmax of each network's logits / T.
+The number alpha weighs the two. CE is the usual cross-entropy. KL, the Kullback-Leibler divergence,
+measures how far the student's probabilities are from the teacher's, both at temperature T. Section
+4 explains it, and T².
 
-There are four trainings, and each one leaves a network:
+There are four training runs, each of which produces a network. These are their names everywhere:
 
-    teacher       the large network, trained on labels
-    student       the small network, trained on labels
-    dist_student  the trained student, trained further with the teacher's soft targets
-    control       the trained student, trained further on labels, for as many epochs
+    teacher       a large network, trained on labels
+    student       a small network, trained on labels
+    dist_student  the trained student, trained further on labels and the teacher's soft targets
+    control       the trained student, trained further on labels alone, for as many epochs as
+                  dist_student
 
 dist_student has had more epochs than the student, so it would probably be better even without a
-teacher. What the teacher adds is therefore the accuracy of dist_student minus that of control. (To
-start from the trained student is the choice of the assignment reproduced here. More often, a new
-student learns from soft targets from the beginning; what it gains that way is another number.)
+teacher. What the teacher adds is therefore the accuracy of dist_student minus that of control.
 
-Do not expect a gain from a teacher that is hardly better than the student, or from one so sure of
-its training images that its soft targets say no more than the labels.
+This file reproduces a course assignment: The School of AI, EPAi v5, session 29. Starting from the
+trained student is its choice. More often a fresh student learns from soft targets from the start;
+the gain measured that way is a different number. Do not expect a gain from a teacher that is hardly
+better than the student, or from one so sure of its training images that its soft targets say no
+more than the labels.
 
     python kd.py --stage all
 
 Sections 1 to 5 and 8 are the experiment. On a first reading, skip 6, 7 and 9: files, pictures and
-the command line.
+the command line. What is used from there says what it does by its name.
 """
 
 import argparse
@@ -61,25 +64,27 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of one training. The defaults are those of the assignment that this file
-    reproduces: The School of AI, EPAi v5, session 29."""
+    """Hyperparameters of one training. The defaults are the assignment's."""
 
     epochs: int = 100  # at most: early stopping usually comes first
     batch_size: int = 2048
     lr: float = 0.01  # learning rate of SGD
-    warmup: float = 0.0  # lr rises linearly over this fraction of the training, then falls
-    # linearly to 0; warmup 0: lr is constant
+    # lr rises linearly over this fraction of the training, then falls linearly to 0. With 0, lr is
+    # constant from the first step to the last.
+    warmup: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
-    rotation: float = 10.0  # each training image is rotated by up to this many degrees, either way,
-    shear: float = 10.0  # sheared along x by up to this many degrees,
-    shift: int = 0  # shifted by up to this many pixels in x and in y,
-    flip: float = 0.0  # mirrored with this probability,
-    cutout: int = 0  # and loses a square with sides of this many pixels
+    rotation: float = 10.0  # training images are rotated by up to this many degrees, either way
+    shear: float = 10.0  # sheared along x by up to this many degrees, either way
+    shift: int = 0  # shifted by up to this many pixels in x and in y
+    flip: float = 0.0  # mirrored with this probability
+    cutout: int = 0  # a square with sides of this many pixels is removed
     temperature: float = 5.0  # T; only dist_student uses T and alpha
     alpha: float = 0.5  # weight of the label; the soft target has weight 1 - alpha
-    patience: int = 5  # early stopping: training ends when the training loss has changed by less
-    min_delta: float = 0.02  # than min_delta per epoch, `patience` times in a row
+    # Early stopping: training ends when the training loss has changed by less than min_delta in
+    # each of the last `patience` epochs.
+    patience: int = 5
+    min_delta: float = 0.02
 
     def __post_init__(self):
         """ValueError for settings that make no sense."""
@@ -110,15 +115,17 @@ STRONG = Settings(
     temperature=4.0,
     alpha=0.1,
 )
-# The first Settings are for teacher and student, the second for dist_student and control.
+# In each pair, the first Settings are for teacher and student, the second for dist_student and
+# control.
 RECIPES = {
-    # The assignment's; it, too, has weight decay in the second stage only.
+    # As in the assignment, only dist_student and control have weight decay.
     "reference": (Settings(), Settings(weight_decay=5e-4)),
     "strong": (STRONG, dataclasses.replace(STRONG, epochs=30, lr=0.05)),
 }
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-MEAN = (0.4914, 0.4822, 0.4465)  # of red, green, blue over CIFAR-10's training images, 0 to 1
+# Per channel (red, green, blue), over CIFAR-10's training images scaled to 0 to 1.
+MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
 # === 2. Two networks: one design, two widths ======================================================
@@ -126,7 +133,7 @@ STD = (0.2470, 0.2435, 0.2616)
 
 def conv_relu_bn(channels_in, channels_out):
     """3×3 convolution, same height and width. (BatchNorm follows ReLU, as in the assignment;
-    usually it comes before.)"""
+    usually it comes before. All other choices of layers are the assignment's, too.)"""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
@@ -188,12 +195,13 @@ class Network(nn.Module):
 
 
 def TeacherModel():  # a function with the name of the class in the assignment
-    """722,752 parameters (729,712 in the assignment: torchsummary counts `skip` four times)."""
+    """722,752 parameters. (The assignment reports 729,712 for the same network, because
+    torchsummary counts `skip` once for each of its four uses.)"""
     return Network(width2=64, width3=128)
 
 
 def StudentModel():
-    """223,232 parameters (230,192 in the assignment)."""
+    """223,232 parameters. (The assignment reports 230,192.)"""
     return Network(width2=32, width3=64)
 
 
@@ -234,8 +242,9 @@ def load_split(data_dir, split):
         )
     if dataset.classes != CLASSES:
         sys.exit(f"{data_dir / split} must hold the folders {', '.join(CLASSES)}, and no others")
-    # ImageFolder lists class by class, CIFAR10 does not. Sorting by hash gives both the same order,
-    # in which the classes are mixed: --limit and --holdout take slices.
+    # The options --limit and --holdout take slices, so the classes must be mixed, and in the same
+    # order wherever the images come from. ImageFolder lists class by class, CIFAR10 file by file;
+    # sorted by a hash of their pixels, both are in the same, as good as random, order.
     order = np.argsort(
         [hashlib.sha256(image.tobytes()).hexdigest() for image in images], kind="stable"
     )
@@ -256,7 +265,7 @@ def read_image(path):
 
 def hold_out(data, n):
     """The last n training images take the place of the test images, so that settings can be tuned
-    without these."""
+    without looking at the test set."""
     if n >= len(data.train_labels):
         sys.exit(f"--holdout {n}: there are only {len(data.train_labels)} training images")
     return Data(
@@ -275,12 +284,13 @@ def affine(images, changes):
     degrees, shifts in x and in y in pixels, and a factor: -1 mirrors, 1 does not. Returns float32,
     values 0 to 255.
 
-    torchvision's RandomAffine would change all images of a batch in the same way. The pixels are
-    the ones that it picks (but for 1 in 6 million where an image is both rotated and shifted).
+    torchvision's RandomAffine would change all images of a batch in the same way. This picks the
+    same pixels, image by image. (Where an image is both rotated and shifted, rounding makes 1 pixel
+    in 6 million differ, as measured on random images.)
     """
     angle, shear, dx, dy, mirror = changes[:, :, None, None]  # five tensors (N, 1, 1)
-    # cos, sin and tan in float64, the rest in float32, as in torchvision: a rounding error can pick
-    # the pixel next to the right one.
+    # cos, sin and tan in float64, the rest in float32, as in torchvision: other rounding could make
+    # nearest-neighbour sampling pick the pixel next to it.
     angle = torch.deg2rad(angle.double())
     cos = torch.cos(angle)
     sin = torch.sin(angle)
@@ -291,13 +301,14 @@ def affine(images, changes):
     #     rotation:  u = cos·x + sin·y, v = cos·y - sin·x
     #     shear:     u + tan·v, v
     #     mirror:    mirror·(u + tan·v), v
-    # In the code, u + tan·v is sorted by x and y: (cos - sin·tan)·x + (sin + cos·tan)·y.
+    # Collected by x and y, u + tan·v is (cos - sin·tan)·x + (sin + cos·tan)·y.
     from_centre = torch.arange(32, device=images.device) - 15.5
     x = from_centre - dx  # (N, 1, 32)
     y = from_centre[:, None] - dy  # (N, 32, 1)
     from_x = mirror * ((cos - sin * tan).float() * x + (sin + cos * tan).float() * y)
     from_y = cos.float() * y - sin.float() * x
-    grid = torch.stack([from_x, from_y], dim=-1) / 16  # grid_sample's coordinates: -1 to 1
+    # grid_sample measures from -1, the left or upper edge of the image, to 1: half an image is 1.
+    grid = torch.stack([from_x, from_y], dim=-1) / 16
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
 
@@ -305,29 +316,31 @@ def normalise(images):
     """Values 0 to 255 → mean 0 and standard deviation 1 in each channel; float32, in channels_last,
     the memory format in which convolutions are fastest."""
     inputs = images / 255
-    # Plain numbers: a tensor of means would be copied to the GPU for each batch.
+    # A loop over plain numbers: a tensor of means would be copied to the GPU for each batch.
     for channel in range(3):
         inputs[:, channel].sub_(MEAN[channel]).div_(STD[channel])
     return inputs.contiguous(memory_format=torch.channels_last)
 
 
 def cut_out(inputs, centres, size):
-    """Set one square in each image to 0, the mean (DeVries & Taylor 2017, arXiv:1708.04552).
-    `centres` (2, N): from 0 to 32, so the square may lie partly outside."""
+    """Set one square in each image to 0, the mean of normalised images (DeVries & Taylor 2017,
+    arXiv:1708.04552). centres (2, N): x and y of each square's centre, 0 to 32 pixels, so that a
+    square may lie partly outside its image."""
     pixels = torch.arange(32, device=inputs.device) + 0.5
-    inside = (pixels - centres[:, :, None]).abs() < size / 2  # (2, N, 32): in x and in y
-    square = inside[0][:, None, :] & inside[1][:, :, None]  # (N, 32, 32)
+    columns, rows = (pixels - centres[:, :, None]).abs() < size / 2  # which are hit; each (N, 32)
+    square = rows[:, :, None] & columns[:, None, :]  # (N, 32, 32)
     return inputs.masked_fill(square[:, None], 0)
 
 
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels). Order and augmentation depend on
-    seed and epoch alone, so they are the same for dist_student and control, and, since the random
-    numbers are drawn on the CPU, on every device."""
+    seed and epoch alone, so dist_student and control see the same. The random numbers are drawn on
+    the CPU, so every device sees the same, too."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
-    angle, shear = 2 * torch.rand(2, n, generator=generator) - 1  # from -1 to 1
+    # From -1 to 1, as fractions of the largest rotation and shear.
+    angle, shear = 2 * torch.rand(2, n, generator=generator) - 1
     shift = settings.shift
     dx, dy = torch.randint(-shift, shift + 1, (2, n), generator=generator)
     mirror = torch.where(torch.rand(n, generator=generator) < settings.flip, -1, 1)
@@ -359,17 +372,17 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
 
     Why KL(teacher ‖ student), not the reverse? Let p be the teacher's softmax(logits / T) and q the
     student's. KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: wherever the teacher sees a
-    likeness, the student has to see it. The reverse weighs by q: a class that the student ignores
-    would cost nothing. (The paper has cross-entropy, -Σ p log q. It differs from KL by Σ p log p,
-    which does not depend on the student, so its gradients are the same.)
+    likeness, the student has to see it. The reverse, Σ q (log q - log p), weighs by q: a class that
+    the student ignores would cost nothing. (The paper has cross-entropy, -Σ p log q. It differs
+    from KL by Σ p log p, which does not depend on the student, so both have the same gradients.)
 
     Why T²? The gradient of KL with respect to the student's logits is (q - p) / T. And q - p itself
-    shrinks like 1/T: for large T, softmax(z / T) is about 1/C + (z - mean(z)) / (C·T). The factor
-    T² compensates for both, so that alpha means much the same at every T. At T = 4 or 5 this is
-    only an approximation.
+    shrinks like 1/T: for logits z of C classes and a large T, softmax(z / T) is about
+    1/C + (z - mean(z)) / (C·T). The factor T² compensates for both, so that alpha means roughly the
+    same at every T. Near T = 1 the approximation is poor.
 
     Why batchmean? KL is a sum over classes; "batchmean" takes its mean over the N images. "mean"
-    would also divide by the number of classes and make the soft loss ten times too small.
+    would also divide by the number of classes: with ten, a soft loss ten times too small.
 
     Other code often lets alpha weigh the soft targets instead of the labels.
     """
@@ -398,9 +411,9 @@ def learning_rate(settings, progress):
 
 
 def is_finished(losses, settings):
-    """Whether training ends after epochs with these training losses: after the last epoch, or by
-    early stopping, when the loss has changed by less than min_delta, up or down, in each of the
-    last `patience` epochs. (This is the assignment's rule. The usual one watches the loss on
+    """Whether training is over, given the training loss of each epoch so far: after the last epoch,
+    or by early stopping, when the loss has changed by less than min_delta, up or down, in each of
+    the last `patience` epochs. (This is the assignment's rule. The usual one watches the loss on
     held-out images.)"""
     if len(losses) == settings.epochs:
         return True
@@ -420,14 +433,14 @@ def compute_logits(model, inputs):
 
 def train_epoch(model, settings, data, teacher, optimizer, seed, epoch):
     """One pass over the training images, with soft targets if there is a teacher. Returns training
-    loss and accuracy: averages over the epoch, during which the weights change."""
+    loss and accuracy, both averaged over the epoch, while the weights are still changing."""
     model.train()
     if teacher is not None:
         teacher.eval()  # BatchNorm uses its running averages, and leaves them as they are
     n = len(data.train_images)
     steps = math.ceil(n / settings.batch_size)
-    # These sums become tensors on the device, and are read only after the last step: reading them
-    # at each step would make the CPU wait for the GPU.
+    # With the first step these sums become tensors on the device. They are read only after the last
+    # step: reading them at each step would make the CPU wait for the GPU.
     loss_sum = 0
     correct = 0
     batches = training_batches(data.train_images, data.train_labels, settings, seed, epoch)
@@ -463,24 +476,27 @@ def predict(model, images):
 
 
 def accuracy(logits, labels):
-    """In %."""
+    """Percentage of images whose largest logit is that of the label."""
     return 100 * (logits.argmax(dim=1) == labels).sum().item() / len(labels)
 
 
 def test(model, data):
-    """Cross-entropy and accuracy on the test images. They are only reported: if a training depended
-    on them, they would no longer show how the network does on unseen images."""
+    """Cross-entropy and accuracy on the test images. These numbers are only reported. If training
+    depended on them, they would no longer show how the network does on unseen images."""
     logits = predict(model, data.test_images)
     loss = F.cross_entropy(logits, data.test_labels).item()
     return {"test_loss": loss, "test_acc": accuracy(logits, data.test_labels)}
 
 
 def train(name, model, args, data, teacher=None):
-    """Train until `is_finished`, and save everything in <name>.pt after every epoch. If that file
-    is there already, go on from it. `args` are the options of the command line."""
+    """Train `model` until `is_finished`, and save everything in <name>.pt after every epoch. args:
+    the options of the command line."""
     settings = settings_of(name, args)
+    # made_with: how this training is made, to recognise it later.
     run = {"made_with": made_with(name, args, settings), "log": [], "finished": False}
     path = args.results_dir / f"{name}.pt"
+    # A file that is there is unfinished, and --resume was given: otherwise `remaining_stages` would
+    # not have let this training start. Go on from it.
     if path.exists():
         model, run = load(name, args, settings)
     optimizer = torch.optim.SGD(  # train_epoch sets lr before each step
@@ -514,10 +530,10 @@ def train(name, model, args, data, teacher=None):
         save(name, run, args)
 
 
-# === 6. Files: one for each training, which also says how it was made =============================
+# === 6. Files: each training saves one, with a record of how it was made ==========================
 
-# The four trainings, in order, each with those whose result it needs: dist_student also needs the
-# teacher, control the number of epochs that dist_student ran.
+# Each training with the earlier ones that it needs. dist_student needs both networks; control needs
+# dist_student only for its number of epochs.
 BUILDS_ON = {
     "teacher": [],
     "student": [],
@@ -534,10 +550,10 @@ def fingerprint(tensors):
 
 def made_with(name, args, settings=None):
     """Everything that must match before a saved training may be used again: the network's name, the
-    images, the weights it builds on; to train it further, settings and seed as well. (Device and
-    version of PyTorch need not match.)"""
-    made = {"network": name, "images": args.images}  # args.images: a fingerprint, from `run`
-    for source in BUILDS_ON[name]:
+    images, and the weights it builds on. If it is to be trained further, settings and seed must
+    match, too. (Device and version of PyTorch need not.)"""
+    made = {"network": name, "images": args.images_fingerprint}  # `run` has added it to args
+    for source in BUILDS_ON[name]:  # load_trained checks the sources, and theirs, in the same way
         _, run = load_trained(source, args)
         made[source] = fingerprint(run["model"].values())
     if settings is not None:
@@ -557,7 +573,8 @@ def on_cpu(value):
 
 
 def save(name, run, args):
-    """Replace <name>.pt in one step: after a kill, either the old file is there or the new one."""
+    """Replace <name>.pt in one step: if the process is killed, either the old file or the new one
+    is there, complete."""
     run["date"] = time.strftime("%Y-%m-%d")
     run["torch"] = str(torch.__version__)
     run["device"] = device_name(args.device)
@@ -567,8 +584,9 @@ def save(name, run, args):
 
 
 def load(name, args, settings=None):
-    """The network and everything else that `train` saved in <name>.pt. Exits if the file is missing
-    or does not belong to the others, or, if settings are given, was made with other ones."""
+    """The network and everything else that `train` saved in <name>.pt. Exits if the file is
+    missing, if it builds on other files than those now in the folder, or if it was made with
+    settings other than the ones given."""
     path = args.results_dir / f"{name}.pt"
     if not path.exists():
         sys.exit(f"{path} is missing: run --stage {name} first")
@@ -576,12 +594,12 @@ def load(name, args, settings=None):
     if name == "teacher":
         network = TeacherModel()
     try:
-        run = torch.load(path, map_location="cpu", weights_only=True)  # executes no code in it
+        run = torch.load(path, map_location="cpu", weights_only=True)  # never runs code in a file
         network.load_state_dict(run["model"])
         found = dict(run["made_with"])
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).partition("\n")[0]
-        sys.exit(f"{path} is damaged or of another network ({reason}): delete it")
+        sys.exit(f"{path} is damaged or belongs to another network ({reason}): delete it")
     for key, value in made_with(name, args, settings).items():
         if found.get(key) != value:
             if key in BUILDS_ON:
@@ -604,8 +622,8 @@ def load_trained(name, args, settings=None):
 
 
 def remaining_stages(stages, args):
-    """The stages that are not finished. Exits now, not after hours, if a file would be refused when
-    its turn comes."""
+    """The stages that are not finished. Exits now, not after hours, if `load` would refuse a file
+    later: one of these stages, or one that builds on what they will train anew."""
     remaining = []
     for name in BUILDS_ON:
         path = args.results_dir / f"{name}.pt"
@@ -629,13 +647,13 @@ def remaining_stages(stages, args):
 
 
 def column(log, key):
-    """One figure, epoch by epoch."""
+    """One column of the log: a list with one value per epoch."""
     return [row[key] for row in log]
 
 
 def write_log(name, log, args):
-    """<name>_train_logs.csv, and its columns as curves in .png. train_loss is the loss that is
-    minimised, test_loss is cross-entropy."""
+    """<name>_train_logs.csv, and the same columns as curves in <name>_train_logs.png. train_loss is
+    the loss that is minimised, test_loss is cross-entropy."""
     path = args.results_dir / f"{name}_train_logs.csv"
     rows = [list(row.values()) for row in log]
     np.savetxt(path, rows, "%.8g", delimiter=",", header=",".join(log[0]), comments="")
@@ -660,7 +678,7 @@ def last_five(log):
 
 def measure(network, log, data):
     """Logits of the test images, on the CPU, and the network's row in the table."""
-    tested = test(network, data)  # comes before the clock starts: a first pass is slower
+    tested = test(network, data)  # also warms up for the timing: a first pass is slower
     start = time.perf_counter()
     logits = predict(network, data.test_images).cpu()
     seconds = time.perf_counter() - start
@@ -681,7 +699,10 @@ def write_summary(rows, verdict, runs, args):
     record = {"rows": rows, "verdict": verdict}
     record["made_with"] = {name: run["made_with"] for name, run in runs.items()}
     record |= {"torch": torch.__version__, "device": device_name(args.device)}
-    notes = "Accuracies and agreement in %. ± one standard error over test images, not over seeds."
+    notes = (
+        "Accuracies and agreement in %. The ± is one standard error and covers only the choice of "
+        "test images; another seed may change the result by more."
+    )
     for option in ("limit", "holdout"):
         if getattr(args, option) is not None:
             record[option] = getattr(args, option)
@@ -708,7 +729,7 @@ def compare(name, other, correct, runs):
     mean = difference.mean().item()
     standard_error = difference.std().item() / math.sqrt(len(difference))
     last = f"{mean:+.2f} ± {standard_error:.2f}"
-    if abs(mean) < 1.96 * standard_error:
+    if abs(mean) < 1.96 * standard_error:  # 0 is in the 95 % interval
         last = f"no difference seen ({last})"
     five = last_five(runs[name]["log"]) - last_five(runs[other]["log"])
     return f"{name} - {other}: {last} after the last epoch, {five:+.2f} over the last five"
@@ -723,7 +744,7 @@ def draw_accuracy(path, runs):
     last_ten = student[-10:]
     axes.plot(column(last_ten, "epoch"), column(last_ten, "test_acc"), ".-", label="student")
     for name in ("control", "dist_student"):
-        # The trained student's last point is the first of both.
+        # Both curves start at the student's last point.
         curve = column(student[-1:] + runs[name]["log"], "test_acc")
         epochs = range(len(student), len(student) + len(curve))
         axes.plot(epochs, curve, ".-", label=name)
@@ -738,7 +759,8 @@ def draw_accuracy(path, runs):
 def show_image(axes, data, index, answers=""):
     """A test image under its label and the networks' answers."""
     axes.imshow(data.test_images[index].permute(1, 2, 0).cpu().numpy())
-    axes.set_title(CLASSES[data.test_labels[index]] + answers, fontsize=9)
+    axes.set_title(CLASSES[data.test_labels[index]] + answers, fontsize=8)
+    axes.axis("off")
 
 
 def draw_soft_targets(path, data, teacher_logits, temperature):
@@ -747,7 +769,7 @@ def draw_soft_targets(path, data, teacher_logits, temperature):
     above, below = figure.subplots(2, 4)
     for index in range(min(4, len(teacher_logits))):
         show_image(above[index], data, index)
-        for t, height in ((temperature, 0.8), (1, 0.3)):
+        for t, height in ((temperature, 0.8), (1, 0.3)):  # thin bars on thick ones
             probabilities = (teacher_logits[index] / t).softmax(dim=0).numpy()
             below[index].barh(CLASSES, probabilities, height, label=f"T = {t:g}")
         below[index].legend()
@@ -778,17 +800,17 @@ def draw_misclassified(path, data, logits, correct):
     draw_answers(path, title, data, logits, indices.tolist())
 
 
-# === 8. The five stages: the experiment ===========================================================
+# === 8. The five stages: four trainings and their evaluation ======================================
 
 
 def settings_of(name, args):
-    """The settings of one training."""
+    """The settings of one training, from the recipe's pair and the options (see `parse_args`)."""
     if name in ("teacher", "student"):
         return args.from_scratch
     if name == "dist_student":
         return args.from_student
-    # control has dist_student's settings, but for as many epochs as dist_student ran before early
-    # stopping ended it; patience = epochs means that nothing ends control earlier.
+    # control uses dist_student's settings, but runs exactly as many epochs as dist_student did.
+    # With patience = epochs, early stopping can never end it before.
     _, distilled = load_trained("dist_student", args, args.from_student)
     epochs = len(distilled["log"])
     return dataclasses.replace(args.from_student, epochs=epochs, patience=epochs)
@@ -796,7 +818,8 @@ def settings_of(name, args):
 
 def new_network(kind, args):
     """A TeacherModel or StudentModel. Its initial weights depend on the seed alone."""
-    # The table of layers that the assignment asks for, of a copy: it changes BatchNorm's averages.
+    # The assignment asks for this table of layers. It is made from a throw-away copy, because
+    # torchsummary runs the network once and so changes BatchNorm's averages.
     torchsummary.summary(kind(), (3, 32, 32), device="cpu")
     torch.manual_seed(args.seed)
     return kind().to(args.device, memory_format=torch.channels_last)
@@ -823,7 +846,7 @@ def distill(args, data):
 
 def control(args, data):
     """The trained student is trained further without a teacher, on the same images in the same
-    order. (Compare accuracies only: dist_student's training loss is another loss.)"""
+    order. (Compare accuracies only: the two training losses are different quantities.)"""
     student, _ = load_trained("student", args)
     train("control", student, args, data)
 
@@ -842,6 +865,7 @@ def evaluate(args, data):
         logits[name], rows[name] = measure(network, log, data)
         answers = logits[name].argmax(dim=1)
         correct[name] = answers == labels
+        # Agreement: on how many images the teacher gives the same answer, right or wrong.
         rows[name]["agreement"] = accuracy(logits["teacher"], answers)
         write_log(name, log, args)
     verdict = [
@@ -877,7 +901,7 @@ def bf16_is_faster(device):
     features = ""
     if Path("/proc/cpuinfo").exists():  # Linux
         features = Path("/proc/cpuinfo").read_text()
-    # Intel's CPUs need AMX for it; AMD's are fast with AVX-512 alone.
+    # In bfloat16, Intel's CPUs are fast only with AMX; AMD's are with AVX-512 alone.
     return "amx_bf16" in features or ("AuthenticAMD" in features and "avx512_bf16" in features)
 
 
@@ -889,13 +913,13 @@ def device_name(device):
 
 def keep_freed_memory():
     """On Linux, keep freed memory for the next step, rather than return it to the system and ask
-    for it again: an epoch on the CPU takes a third less."""
+    for it again: an epoch on the CPU takes a third less. See `man mallopt`."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold = -1  # names and numbers from malloc.h
         m_mmap_max = -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_mmap_max, 0)  # take no block directly from the system: these go back at once
+        libc.mallopt(m_trim_threshold, 2**31 - 1)  # return nothing before 2 GiB are unused
 
 
 def count(text):
@@ -919,8 +943,8 @@ def parse_args(argv):
     add("--results-dir", type=Path, help="where everything is written; default: runs/<recipe>")
     add("--device", default=devices[0], choices=devices, help=f"default: {devices[0]}")
     add("--resume", action="store_true", help="keep what is finished, go on with what is not")
-    add("--seed", type=int, default=0, help="of initial weights, order and augmentation")
-    add("--holdout", type=count, help="test on this many training images instead: to tune settings")
+    add("--seed", type=int, default=0, help="for initial weights, order and augmentation")
+    add("--holdout", type=count, help="to tune: hold out this many training images, test on them")
     add("--limit", type=count, help="use only this many training and test images")
     group = parser.add_argument_group(
         "settings", "in place of the recipe's, for every training (see class Settings)"
@@ -957,8 +981,8 @@ def run(args):
     data = load_cifar10(args.data_dir)
     if args.holdout is not None:
         data = hold_out(data, args.holdout)
-    data = Data(*[tensor[: args.limit] for tensor in data])
-    args.images = fingerprint(data)
+    data = Data(*[tensor[: args.limit] for tensor in data])  # None: all
+    args.images_fingerprint = fingerprint(data)
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)
@@ -973,7 +997,7 @@ def main(argv=None):
     try:
         run(args)
     except torch.cuda.OutOfMemoryError:
-        sys.exit("the GPU's memory is full: try a smaller --batch-size, in another --results-dir")
+        sys.exit("out of GPU memory: try a smaller --batch-size, in another --results-dir")
     except KeyboardInterrupt:
         print("stopped; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)

@@ -1,0 +1,57 @@
+"""Print what stands against the teacher in `strong`: other second trainings, by fair.py. Run it
+from the repository's root:
+
+python results/study/fair_table.py
+
+Differences: points, ± one standard error, paired by image.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+STUDY = Path("results/study")
+
+
+def difference(correct, other):
+    points = 100 * (correct.astype(float) - other.astype(float))
+    return f"{points.mean():+.2f} ± {points.std(ddof=1) / math.sqrt(len(points)):.2f}"
+
+
+def accuracies(path):
+    log = np.genfromtxt(path, delimiter=",", names=True)
+    return f"{log['test_acc'][-1]:.2f} | {log['test_acc'][-5:].mean():.2f}"
+
+
+answers = np.load("results/strong/answers.npz")
+own = np.load(STUDY / "fair/own_teacher_answers.npz")["dist_student"]
+labels = answers["labels"]
+control = answers["control"] == labels
+print("| test images | last epoch | last five | − control |")
+print("|---|---|---|---|")
+for name in ("student", "control", "dist_student"):
+    path = f"results/strong/{name}_train_logs.csv"
+    print(f"| {name} | {accuracies(path)} | {difference(answers[name] == labels, control)} |")
+path = STUDY / "fair/own_teacher_train_logs.csv"
+gain = difference(own == labels, control)
+print(f"| the student as its own teacher | {accuracies(path)} | {gain} |")
+
+tuning = STUDY / "tuning/cutout"
+correct = {}
+for name, bits in np.load(tuning / "correct.npz").items():
+    correct[name] = np.unpackbits(bits)[:5000]
+control = correct["control_epochs30_lr0.05"]
+rows = {
+    "control": "control_epochs30_lr0.05",
+    "control, labels smoothed by 0.1": "control_epochs30_lr0.05_smoothing0.1",
+    "control at half the learning rate": "control_epochs30_lr0.025",
+    "control at twice the learning rate": "control_epochs30_lr0.1",
+    "dist_student": "dist_student_epochs30_lr0.05",
+}
+print("\n| held-out images | last epoch | last five | − control |")
+print("|---|---|---|---|")
+for words, name in rows.items():
+    print(
+        f"| {words} | {accuracies(tuning / f'{name}.csv')} | {difference(correct[name], control)} |"
+    )
