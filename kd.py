@@ -1,7 +1,7 @@
 """Knowledge distillation in one file: a small network learns CIFAR-10 from a large one.
 
 A label says "cat". A trained network, the teacher, says more: almost certainly a cat, and if not,
-then far more likely a dog than a truck. That knowledge is in its small probabilities. To bring them
+then far more likely a dog than a truck. This is in the teacher's small probabilities. To bring them
 out, the teacher's logits (the values before the softmax) are divided by a temperature T > 1. The
 result, softmax(logits / T), is called a soft target. A smaller network, the student, then learns
 from both the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
@@ -12,7 +12,7 @@ The number alpha weighs the two. CE is the usual cross-entropy. KL, the Kullback
 measures how far the student's probabilities are from the teacher's, both at temperature T. Section
 4 explains it, and T².
 
-There are four training runs, each of which produces a network. These are their names everywhere:
+There are four training runs. Each produces one network, and run and network share a name:
 
     teacher       a large network, trained on labels
     student       a small network, trained on labels
@@ -23,16 +23,16 @@ There are four training runs, each of which produces a network. These are their 
 dist_student has had more epochs than the student, so it would probably be better even without a
 teacher. What the teacher adds is therefore the accuracy of dist_student minus that of control.
 
-This file reproduces a course assignment: The School of AI, EPAi v5, session 29. Starting from the
-trained student is its choice. More often a fresh student learns from soft targets from the start;
-the gain measured that way is a different number. Do not expect a gain from a teacher that is hardly
-better than the student, or from one so sure of its training images that its soft targets say no
-more than the labels.
+This file reproduces a course assignment: The School of AI, EPAi v5, session 29. The assignment
+chose to start from the trained student. More often, a fresh student learns from soft targets from
+the start; gains measured that way are not comparable with the one here. Do not expect a gain from a
+teacher that is hardly better than the student, or from one so sure of its training images that its
+soft targets say no more than the labels.
 
     python kd.py --stage all
 
 Sections 1 to 5 and 8 are the experiment. On a first reading, skip 6, 7 and 9: files, pictures and
-the command line. What is used from there says what it does by its name.
+the command line. The names of the functions used from there say what they do.
 """
 
 import argparse
@@ -81,8 +81,8 @@ class Settings:
     cutout: int = 0  # a square with sides of this many pixels is removed
     temperature: float = 5.0  # T; only dist_student uses T and alpha
     alpha: float = 0.5  # weight of the label; the soft target has weight 1 - alpha
-    # Early stopping: training ends when the training loss has changed by less than min_delta in
-    # each of the last `patience` epochs.
+    # Early stopping, only with a constant lr: training ends when the training loss has changed by
+    # less than min_delta in each of the last `patience` epochs.
     patience: int = 5
     min_delta: float = 0.02
 
@@ -99,7 +99,8 @@ class Settings:
             raise ValueError("warmup and momentum must be less than 1")
 
 
-# For higher accuracy: more steps, on smaller batches, at a higher learning rate that then falls.
+# For higher accuracy: more steps, on smaller batches, at a higher learning rate, which first rises
+# and then falls.
 # These values, T and alpha included, were chosen on held-out training images: results/README.md.
 STRONG = Settings(
     epochs=100,
@@ -244,7 +245,7 @@ def load_split(data_dir, split):
         sys.exit(f"{data_dir / split} must hold the folders {', '.join(CLASSES)}, and no others")
     # The options --limit and --holdout take slices, so the classes must be mixed, and in the same
     # order wherever the images come from. ImageFolder lists class by class, CIFAR10 file by file;
-    # sorted by a hash of their pixels, both are in the same, as good as random, order.
+    # sorted by a hash of their pixels, both come out in the same order, as good as random.
     order = np.argsort(
         [hashlib.sha256(image.tobytes()).hexdigest() for image in images], kind="stable"
     )
@@ -284,24 +285,24 @@ def affine(images, changes):
     degrees, shifts in x and in y in pixels, and a factor: -1 mirrors, 1 does not. Returns float32,
     values 0 to 255.
 
-    torchvision's RandomAffine would change all images of a batch in the same way. This picks the
-    same pixels, image by image. (Where an image is both rotated and shifted, rounding makes 1 pixel
-    in 6 million differ, as measured on random images.)
+    torchvision's RandomAffine changes all images of a batch in the same way. For the same changes
+    to an image, this function picks the same pixels. (Where an image is both rotated and shifted,
+    rounding can make a pixel differ: 1 in 6 million of random images.)
     """
     angle, shear, dx, dy, mirror = changes[:, :, None, None]  # five tensors (N, 1, 1)
-    # cos, sin and tan in float64, the rest in float32, as in torchvision: other rounding could make
-    # nearest-neighbour sampling pick the pixel next to it.
+    # cos, sin and tan in float64, the rest in float32, as in torchvision: with different rounding,
+    # nearest-neighbour sampling could pick a neighbouring pixel.
     angle = torch.deg2rad(angle.double())
     cos = torch.cos(angle)
     sin = torch.sin(angle)
     tan = torch.tan(torch.deg2rad(shear.double()))
     # From which point of the input does pixel (x, y) of the output come? Seen from the centre of
     # the image, undo the changes, last one first:
-    #     shift:     x - dx, y - dy
+    #     shift:     subtract dx from x and dy from y; the next line uses these new x and y
     #     rotation:  u = cos·x + sin·y, v = cos·y - sin·x
     #     shear:     u + tan·v, v
     #     mirror:    mirror·(u + tan·v), v
-    # Collected by x and y, u + tan·v is (cos - sin·tan)·x + (sin + cos·tan)·y.
+    # Written in terms of x and y, u + tan·v is (cos - sin·tan)·x + (sin + cos·tan)·y.
     from_centre = torch.arange(32, device=images.device) - 15.5
     x = from_centre - dx  # (N, 1, 32)
     y = from_centre[:, None] - dy  # (N, 32, 1)
@@ -362,27 +363,30 @@ def training_batches(images, labels, settings, seed, epoch):
 def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha):
     """alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T) → scalar.
 
-    Logits (N, C) of any float type, computed in float32; labels int64 (N,). No gradient flows to
-    the teacher. After Hinton et al. 2015, section 2. For example, a teacher of three classes looks
-    at a cat:
+    Logits: (N, C), any float type; labels: int64 (N,). The loss is computed in float32, and no
+    gradient flows to the teacher. After Hinton et al. 2015, section 2. For example, a teacher of
+    three classes looks at a cat:
 
         logits   cat 8       dog 5       truck 0
         T = 1    cat 0.952   dog 0.047   truck 0.000   little more than the label says
         T = 5    cat 0.571   dog 0.313   truck 0.115   a cat, more like a dog than like a truck
 
     Why KL(teacher ‖ student), not the reverse? Let p be the teacher's softmax(logits / T) and q the
-    student's. KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: wherever the teacher sees a
-    likeness, the student has to see it. The reverse, Σ q (log q - log p), weighs by q: a class that
-    the student ignores would cost nothing. (The paper has cross-entropy, -Σ p log q. It differs
-    from KL by Σ p log p, which does not depend on the student, so both have the same gradients.)
+    student's. KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: wherever the teacher gives a
+    class some probability, the student must do so, too. The reverse, Σ q (log q - log p), weighs by
+    q: a class that the student ignores would cost nothing. (The paper has cross-entropy,
+    -Σ p log q. It differs from KL by Σ p log p, which does not depend on the student, so both have
+    the same gradients.)
 
     Why T²? The gradient of KL with respect to the student's logits is (q - p) / T. And q - p itself
     shrinks like 1/T: for logits z of C classes and a large T, softmax(z / T) is about
-    1/C + (z - mean(z)) / (C·T). The factor T² compensates for both, so that alpha means roughly the
-    same at every T. Near T = 1 the approximation is poor.
+    1/C + (z - mean(z)) / (C·T), so in q - p the 1/C cancels, and what remains has 1/T in front. The
+    factor T² compensates for both: alpha means roughly the same at every T. (Near T = 1 the
+    approximation is poor.)
 
     Why batchmean? KL is a sum over classes; "batchmean" takes its mean over the N images. "mean"
-    would also divide by the number of classes: with ten, a soft loss ten times too small.
+    would also divide by the number of classes: with ten classes, the soft loss would be ten times
+    too small.
 
     Other code often lets alpha weigh the soft targets instead of the labels.
     """
@@ -401,8 +405,8 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
 
 
 def learning_rate(settings, progress):
-    """Constant, or, with a warm-up, linear from 0 to lr and then linear to 0. `progress` runs from
-    0 to 1 over all epochs."""
+    """Constant without warm-up. With it, lr rises linearly from 0 and then falls linearly to 0.
+    `progress` runs from 0 to 1 over all epochs."""
     if settings.warmup == 0:
         return settings.lr
     rising = settings.lr * progress / settings.warmup
@@ -489,14 +493,13 @@ def test(model, data):
 
 
 def train(name, model, args, data, teacher=None):
-    """Train `model` until `is_finished`, and save everything in <name>.pt after every epoch. args:
-    the options of the command line."""
+    """Train until `is_finished`; save <name>.pt after every epoch. args: command-line options."""
     settings = settings_of(name, args)
-    # made_with: how this training is made, to recognise it later.
+    # made_with records settings and sources, so that a later command can check that the file fits.
     run = {"made_with": made_with(name, args, settings), "log": [], "finished": False}
     path = args.results_dir / f"{name}.pt"
-    # A file that is there is unfinished, and --resume was given: otherwise `remaining_stages` would
-    # not have let this training start. Go on from it.
+    # If the file exists, go on from it: it is unfinished and --resume was given, as
+    # `remaining_stages` has checked.
     if path.exists():
         model, run = load(name, args, settings)
     optimizer = torch.optim.SGD(  # train_epoch sets lr before each step
@@ -513,6 +516,7 @@ def train(name, model, args, data, teacher=None):
         seconds = time.perf_counter() - start
         row |= test(model, data) | {"seconds": seconds}
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
+            # Another folder: what is saved in this one was made with the present lr.
             advice = f"in another --results-dir, or after deleting {path} if it is there"
             sys.exit(f"{name}: the loss is no longer finite. Try a smaller --lr, {advice}")
         columns = [f"{key} {value:<8.5g}" for key, value in row.items()]
@@ -525,15 +529,15 @@ def train(name, model, args, data, teacher=None):
         run["model"] = model.state_dict()
         run["optimizer"] = optimizer.state_dict()
         if run["finished"]:
-            run["optimizer"] = None
+            run["optimizer"] = None  # only needed to go on
             write_log(name, log, args)
         save(name, run, args)
 
 
 # === 6. Files: each training saves one, with a record of how it was made ==========================
 
-# Each training with the earlier ones that it needs. dist_student needs both networks; control needs
-# dist_student only for its number of epochs.
+# For each training, the earlier trainings that it needs. control needs dist_student only to know
+# how many epochs to run.
 BUILDS_ON = {
     "teacher": [],
     "student": [],
@@ -550,10 +554,10 @@ def fingerprint(tensors):
 
 def made_with(name, args, settings=None):
     """Everything that must match before a saved training may be used again: the network's name, the
-    images, and the weights it builds on. If it is to be trained further, settings and seed must
-    match, too. (Device and version of PyTorch need not.)"""
-    made = {"network": name, "images": args.images_fingerprint}  # `run` has added it to args
-    for source in BUILDS_ON[name]:  # load_trained checks the sources, and theirs, in the same way
+    images, and the weights it builds on. If `settings` are given, these and the seed must match,
+    too. (Device and version of PyTorch need not.)"""
+    made = {"network": name, "images": args.images_fingerprint}  # the function `run` adds it
+    for source in BUILDS_ON[name]:  # in turn, load_trained checks what the source was made with
         _, run = load_trained(source, args)
         made[source] = fingerprint(run["model"].values())
     if settings is not None:
@@ -602,7 +606,7 @@ def load(name, args, settings=None):
         sys.exit(f"{path} is damaged or belongs to another network ({reason}): delete it")
     for key, value in made_with(name, args, settings).items():
         if found.get(key) != value:
-            if key in BUILDS_ON:
+            if key in BUILDS_ON:  # the fingerprint of a source
                 sys.exit(f"{path} builds on another {key}.pt: delete it")
             advice = (
                 "use the same options, delete it to train anew, or choose another --results-dir"
@@ -622,8 +626,9 @@ def load_trained(name, args, settings=None):
 
 
 def remaining_stages(stages, args):
-    """The stages that are not finished. Exits now, not after hours, if `load` would refuse a file
-    later: one of these stages, or one that builds on what they will train anew."""
+    """The stages that are not finished. Exits at once, rather than after hours of training, if a
+    file would be refused later: the file of one of these stages, or of a training that builds on a
+    network about to be trained anew."""
     remaining = []
     for name in BUILDS_ON:
         path = args.results_dir / f"{name}.pt"
@@ -810,7 +815,8 @@ def settings_of(name, args):
     if name == "dist_student":
         return args.from_student
     # control uses dist_student's settings, but runs exactly as many epochs as dist_student did.
-    # With patience = epochs, early stopping can never end it before.
+    # With patience = epochs, early stopping cannot end it sooner: there are never that many changes
+    # of the loss.
     _, distilled = load_trained("dist_student", args, args.from_student)
     epochs = len(distilled["log"])
     return dataclasses.replace(args.from_student, epochs=epochs, patience=epochs)
@@ -846,7 +852,8 @@ def distill(args, data):
 
 def control(args, data):
     """The trained student is trained further without a teacher, on the same images in the same
-    order. (Compare accuracies only: the two training losses are different quantities.)"""
+    order as in `distill`. (Compare accuracies only: the two training losses are different
+    quantities.)"""
     student, _ = load_trained("student", args)
     train("control", student, args, data)
 
@@ -867,7 +874,7 @@ def evaluate(args, data):
         correct[name] = answers == labels
         # Agreement: on how many images the teacher gives the same answer, right or wrong.
         rows[name]["agreement"] = accuracy(logits["teacher"], answers)
-        write_log(name, log, args)
+        write_log(name, log, args)  # once more, in case it has been deleted
     verdict = [
         "Effect of the teacher: " + compare("dist_student", "control", correct, runs),
         "Effect of the second training: " + compare("control", "student", correct, runs),
@@ -913,13 +920,13 @@ def device_name(device):
 
 def keep_freed_memory():
     """On Linux, keep freed memory for the next step, rather than return it to the system and ask
-    for it again: an epoch on the CPU takes a third less. See `man mallopt`."""
+    for it again: this makes an epoch on the CPU a third shorter. See `man mallopt`."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold = -1  # names and numbers from malloc.h
         m_mmap_max = -4
-        libc.mallopt(m_mmap_max, 0)  # take no block directly from the system: these go back at once
-        libc.mallopt(m_trim_threshold, 2**31 - 1)  # return nothing before 2 GiB are unused
+        libc.mallopt(m_mmap_max, 0)  # no mmap: its blocks return to the system as soon as freed
+        libc.mallopt(m_trim_threshold, 2**31 - 1)  # keep up to 2 GiB that are unused
 
 
 def count(text):
