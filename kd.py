@@ -100,8 +100,8 @@ class Settings:
 
 
 # For higher accuracy: more steps, on smaller batches, at a higher learning rate, which first rises
-# and then falls.
-# These values, T and alpha included, were chosen on held-out training images: results/README.md.
+# and then falls. These values, T and alpha included, were chosen on held-out training images: see
+# results/README.md.
 STRONG = Settings(
     epochs=100,
     batch_size=512,
