@@ -8,9 +8,9 @@ from both the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503
 
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
 
-The number alpha weighs the two. CE is the usual cross-entropy. KL, the Kullback-Leibler divergence,
-measures how far the student's probabilities are from the teacher's, both at temperature T. Section
-4 explains it, and T².
+alpha, from 0 to 1, says how much the label counts. CE is the usual cross-entropy. KL, the
+Kullback-Leibler divergence, measures how far the student's probabilities are from the teacher's,
+both at temperature T. Section 4 explains it, and T².
 
 There are four training runs. Each produces one network, and run and network share a name:
 
@@ -24,10 +24,10 @@ dist_student has had more epochs than the student, so it would probably be bette
 teacher. What the teacher adds is therefore the accuracy of dist_student minus that of control.
 
 This file reproduces a course assignment: The School of AI, EPAi v5, session 29. The assignment
-chose to start from the trained student. More often, a fresh student learns from soft targets from
-the start; gains measured that way are not comparable with the one here. Do not expect a gain from a
-teacher that is hardly better than the student, or from one so sure of its training images that its
-soft targets say no more than the labels.
+chose to start from the trained student. More often, a fresh student is taught with soft targets
+right away; gains measured that way are not comparable with the one here. Do not count on a gain if
+the teacher is hardly better than the student, or so sure of its training images that its soft
+targets say no more than the labels.
 
     python kd.py --stage all
 
@@ -66,11 +66,11 @@ from tqdm import tqdm
 class Settings:
     """Hyperparameters of one training. The defaults are the assignment's."""
 
-    epochs: int = 100  # at most: early stopping usually comes first
+    epochs: int = 100  # at most, if there is early stopping
     batch_size: int = 2048
     lr: float = 0.01  # learning rate of SGD
-    # lr rises linearly over this fraction of the training, then falls linearly to 0. With 0, lr is
-    # constant from the first step to the last.
+    # lr rises linearly over this fraction of the training, then falls linearly to 0. Without
+    # warm-up, lr is constant from the first step to the last.
     warmup: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -100,8 +100,8 @@ class Settings:
 
 
 # For higher accuracy: more steps, on smaller batches, at a higher learning rate, which first rises
-# and then falls. These values, T and alpha included, were chosen on held-out training images: see
-# results/README.md.
+# and then falls. Many of these values, T and alpha included, were chosen on held-out training
+# images: see results/README.md.
 STRONG = Settings(
     epochs=100,
     batch_size=512,
@@ -125,7 +125,7 @@ RECIPES = {
 }
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-# Per channel (red, green, blue), over CIFAR-10's training images scaled to 0 to 1.
+# Per channel (red, green, blue), over CIFAR-10's training images, with pixel values from 0 to 1.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2470, 0.2435, 0.2616)
 
@@ -195,7 +195,7 @@ class Network(nn.Module):
         return self.head(features)
 
 
-def TeacherModel():  # a function with the name of the class in the assignment
+def TeacherModel():  # capitalised because it is a class in the assignment
     """722,752 parameters. (The assignment reports 729,712 for the same network, because
     torchsummary counts `skip` once for each of its four uses.)"""
     return Network(width2=64, width3=128)
@@ -207,7 +207,7 @@ def StudentModel():
 
 
 # === 3. Data: all images stay on the training device, as bytes ====================================
-# `images` are bytes; `inputs` are augmented and normalised, as the networks take them.
+# `images` have values from 0 to 255; `inputs` are normalised and, in training, augmented before.
 
 
 class Data(NamedTuple):
@@ -285,9 +285,9 @@ def affine(images, changes):
     degrees, shifts in x and in y in pixels, and a factor: -1 mirrors, 1 does not. Returns float32,
     values 0 to 255.
 
-    torchvision's RandomAffine changes all images of a batch in the same way. For the same changes
-    to an image, this function picks the same pixels. (Where an image is both rotated and shifted,
-    rounding can make a pixel differ: 1 in 6 million of random images.)
+    torchvision's RandomAffine changes all images of a batch in the same way. Given the same angles
+    and shifts, it returns the same image as this function. (With both rotation and shift, rounding
+    can make a pixel differ: 1 pixel in 6 million in our test.)
     """
     angle, shear, dx, dy, mirror = changes[:, :, None, None]  # five tensors (N, 1, 1)
     # cos, sin and tan in float64, the rest in float32, as in torchvision: with different rounding,
@@ -334,9 +334,9 @@ def cut_out(inputs, centres, size):
 
 
 def training_batches(images, labels, settings, seed, epoch):
-    """One epoch, shuffled and augmented: yields (inputs, labels). Order and augmentation depend on
-    seed and epoch alone, so dist_student and control see the same. The random numbers are drawn on
-    the CPU, so every device sees the same, too."""
+    """One epoch, shuffled and augmented: yields (inputs, labels). With the same settings, order and
+    augmentation depend on seed and epoch alone, so dist_student and control see the same. The
+    random numbers are drawn on the CPU, so every device sees the same, too."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
@@ -380,9 +380,9 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
 
     Why T²? The gradient of KL with respect to the student's logits is (q - p) / T. And q - p itself
     shrinks like 1/T: for logits z of C classes and a large T, softmax(z / T) is about
-    1/C + (z - mean(z)) / (C·T), so in q - p the 1/C cancels, and what remains has 1/T in front. The
-    factor T² compensates for both: alpha means roughly the same at every T. (Near T = 1 the
-    approximation is poor.)
+    1/C + (z - mean(z)) / (C·T). Both q and p have this form, so in q - p the 1/C cancels, and what
+    remains is divided by T. The factor T² compensates for both: as long as T is large compared with
+    the logits, alpha means the same at every T. (For small T this holds only roughly.)
 
     Why batchmean? KL is a sum over classes; "batchmean" takes its mean over the N images. "mean"
     would also divide by the number of classes: with ten classes, the soft loss would be ten times
@@ -498,8 +498,8 @@ def train(name, model, args, data, teacher=None):
     # made_with records settings and sources, so that a later command can check that the file fits.
     run = {"made_with": made_with(name, args, settings), "log": [], "finished": False}
     path = args.results_dir / f"{name}.pt"
-    # If the file exists, go on from it: it is unfinished and --resume was given, as
-    # `remaining_stages` has checked.
+    # An interrupted training goes on from what was saved, weights included. (`remaining_stages` has
+    # checked that --resume was given.)
     if path.exists():
         model, run = load(name, args, settings)
     optimizer = torch.optim.SGD(  # train_epoch sets lr before each step
@@ -516,7 +516,7 @@ def train(name, model, args, data, teacher=None):
         seconds = time.perf_counter() - start
         row |= test(model, data) | {"seconds": seconds}
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
-            # Another folder: what is saved in this one was made with the present lr.
+            # In this folder, --resume would refuse another lr.
             advice = f"in another --results-dir, or after deleting {path} if it is there"
             sys.exit(f"{name}: the loss is no longer finite. Try a smaller --lr, {advice}")
         columns = [f"{key} {value:<8.5g}" for key, value in row.items()]
@@ -529,7 +529,7 @@ def train(name, model, args, data, teacher=None):
         run["model"] = model.state_dict()
         run["optimizer"] = optimizer.state_dict()
         if run["finished"]:
-            run["optimizer"] = None  # only needed to go on
+            run["optimizer"] = None  # only needed for --resume
             write_log(name, log, args)
         save(name, run, args)
 
@@ -547,7 +547,7 @@ BUILDS_ON = {
 
 
 def fingerprint(tensors):
-    """16 hexadecimal digits: the same for the same values, and different for different ones."""
+    """16 hexadecimal digits: the same for the same values, in practice never for different ones."""
     content = b"".join(tensor.numpy().tobytes() for tensor in tensors)
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -557,7 +557,7 @@ def made_with(name, args, settings=None):
     images, and the weights it builds on. If `settings` are given, these and the seed must match,
     too. (Device and version of PyTorch need not.)"""
     made = {"network": name, "images": args.images_fingerprint}  # the function `run` adds it
-    for source in BUILDS_ON[name]:  # in turn, load_trained checks what the source was made with
+    for source in BUILDS_ON[name]:  # recursive: loading a source checks its own sources in turn
         _, run = load_trained(source, args)
         made[source] = fingerprint(run["model"].values())
     if settings is not None:
@@ -814,9 +814,8 @@ def settings_of(name, args):
         return args.from_scratch
     if name == "dist_student":
         return args.from_student
-    # control uses dist_student's settings, but runs exactly as many epochs as dist_student did.
-    # With patience = epochs, early stopping cannot end it sooner: there are never that many changes
-    # of the loss.
+    # control uses dist_student's settings, but runs exactly as many epochs as dist_student did: n
+    # epochs have only n - 1 changes of the loss, so patience = n switches early stopping off.
     _, distilled = load_trained("dist_student", args, args.from_student)
     epochs = len(distilled["log"])
     return dataclasses.replace(args.from_student, epochs=epochs, patience=epochs)
@@ -908,7 +907,7 @@ def bf16_is_faster(device):
     features = ""
     if Path("/proc/cpuinfo").exists():  # Linux
         features = Path("/proc/cpuinfo").read_text()
-    # In bfloat16, Intel's CPUs are fast only with AMX; AMD's are with AVX-512 alone.
+    # To be fast in bfloat16, Intel's CPUs need AMX; for AMD's, AVX-512 is enough.
     return "amx_bf16" in features or ("AuthenticAMD" in features and "avx512_bf16" in features)
 
 
@@ -920,7 +919,7 @@ def device_name(device):
 
 def keep_freed_memory():
     """On Linux, keep freed memory for the next step, rather than return it to the system and ask
-    for it again: this makes an epoch on the CPU a third shorter. See `man mallopt`."""
+    for it again: with large batches, an epoch on the CPU is much shorter. See `man mallopt`."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold = -1  # names and numbers from malloc.h
@@ -930,7 +929,7 @@ def keep_freed_memory():
 
 
 def count(text):
-    """An argparse type: an integer from 1."""
+    """An argparse type: an integer of at least 1."""
     value = int(text)
     if value < 1:
         raise ValueError

@@ -3,7 +3,8 @@ from the repository's root:
 
 python results/study/fair_table.py
 
-Differences: points, ± one standard error, paired by image.
+Differences: points, ± one standard error, paired by image. On test images, what is said of the last
+epoch comes from answers.npz, in float32; the last five come from the logs on the GPU, in bfloat16.
 """
 
 import math
@@ -19,9 +20,12 @@ def difference(correct, other):
     return f"{points.mean():+.2f} ± {points.std(ddof=1) / math.sqrt(len(points)):.2f}"
 
 
-def accuracies(path):
+def print_row(words, correct, path):
+    """correct: bool (N,), for each image whether the answer is right. path: the training's log."""
     log = np.genfromtxt(path, delimiter=",", names=True)
-    return f"{log['test_acc'][-1]:.2f} | {log['test_acc'][-5:].mean():.2f}"
+    last_five = log["test_acc"][-5:].mean()
+    gain = difference(correct, control)
+    print(f"| {words} | {100 * correct.mean():.2f} | {last_five:.2f} | {gain} |")
 
 
 answers = np.load("results/strong/answers.npz")
@@ -31,11 +35,9 @@ control = answers["control"] == labels
 print("| test images | last epoch | last five | − control |")
 print("|---|---|---|---|")
 for name in ("student", "control", "dist_student"):
-    path = f"results/strong/{name}_train_logs.csv"
-    print(f"| {name} | {accuracies(path)} | {difference(answers[name] == labels, control)} |")
+    print_row(name, answers[name] == labels, f"results/strong/{name}_train_logs.csv")
 path = STUDY / "fair/own_teacher_train_logs.csv"
-gain = difference(own == labels, control)
-print(f"| the student as its own teacher | {accuracies(path)} | {gain} |")
+print_row("the student as its own teacher", own == labels, path)
 
 tuning = STUDY / "tuning/cutout"
 correct = {}
@@ -52,6 +54,4 @@ rows = {
 print("\n| held-out images | last epoch | last five | − control |")
 print("|---|---|---|---|")
 for words, name in rows.items():
-    print(
-        f"| {words} | {accuracies(tuning / f'{name}.csv')} | {difference(correct[name], control)} |"
-    )
+    print_row(words, correct[name], tuning / f"{name}.csv")

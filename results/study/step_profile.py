@@ -4,7 +4,8 @@ then forward and backward of each part of the teacher. Run it from the repositor
 
 python results/study/step_profile.py
 
-step_profile_h200.txt is what it printed on an NVIDIA H200 (of kernel tables, the longest rows).
+step_profile_h200.txt is what an earlier form of it, with other titles, printed on an NVIDIA H200
+(of kernel tables, the longest rows).
 """
 
 import sys

@@ -27,9 +27,9 @@ for alpha, factor in (("0.1", 0.98), ("0.5", 1.02)):
     axes.errorbar(
         places, differences, standard_errors, fmt="o-", capsize=3, label=f"alpha = {alpha}"
     )
-axes.set_title("strong, one seed, 20 epochs, 5,000 held-out images")
+axes.set_title("strong without cutout: one seed, 20 epochs, 5,000 held-out images")
 axes.set_xlabel("temperature T")
-axes.set_ylabel("distilled − control (points, ± one standard error)")
+axes.set_ylabel("dist_student − control (points, ± one standard error)")
 axes.set_xscale("log")
 axes.set_xticks((1, 2, 4), ("1", "2", "4"))
 axes.minorticks_off()

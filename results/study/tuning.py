@@ -87,6 +87,7 @@ print_table(
     {
         "− without cutout": {"student_epochs60": "full/student"},
         "− 60 epochs": {"student_epochs100": "cutout/student_epochs60"},
+        "− 30 epochs, lr 0.05": {"dist_student": "cutout/dist_student_epochs30_lr0.05"},
         "− control, lr 0.05": {"dist_student": control, "control": control},
         "− control with smoothing": {"dist_student": f"{control}_smoothing0.1"},
     },
