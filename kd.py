@@ -428,17 +428,17 @@ def is_finished(losses, settings):
     return len(plateau) == settings.patience and bool(plateau.all())
 
 
-def compute_logits(model, inputs):
+def compute_logits(network, inputs):
     """Logits, float32 (N, 10). The network computes in bfloat16 where that is faster."""
     device = inputs.device
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16_is_faster(device)):
-        return model(inputs).float()
+        return network(inputs).float()
 
 
-def train_epoch(model, settings, data, teacher, optimizer, seed, epoch):
+def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
     """One pass over the training images, with soft targets if there is a teacher. Returns training
     loss and accuracy, both averaged over the epoch, while the weights are still changing."""
-    model.train()
+    network.train()
     if teacher is not None:
         teacher.eval()  # BatchNorm uses its running averages, and leaves them as they are
     n = len(data.train_images)
@@ -453,7 +453,7 @@ def train_epoch(model, settings, data, teacher, optimizer, seed, epoch):
     for step, (inputs, labels) in enumerate(bar):
         progress = (epoch - 1 + step / steps) / settings.epochs
         optimizer.param_groups[0]["lr"] = learning_rate(settings, progress)
-        logits = compute_logits(model, inputs)
+        logits = compute_logits(network, inputs)
         if teacher is None:
             loss = F.cross_entropy(logits, labels)
         else:
@@ -473,10 +473,10 @@ def train_epoch(model, settings, data, teacher, optimizer, seed, epoch):
 
 
 @torch.no_grad()
-def predict(model, images):
+def predict(network, images):
     """Logits, float32 (N, 10), of images that are not augmented."""
-    model.eval()
-    return torch.cat([compute_logits(model, normalise(batch)) for batch in images.split(2000)])
+    network.eval()
+    return torch.cat([compute_logits(network, normalise(batch)) for batch in images.split(2000)])
 
 
 def accuracy(logits, labels):
@@ -484,15 +484,15 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(dim=1) == labels).sum().item() / len(labels)
 
 
-def test(model, data):
+def test(network, data):
     """Cross-entropy and accuracy on the test images. These numbers are only reported. If training
     depended on them, they would no longer show how the network does on unseen images."""
-    logits = predict(model, data.test_images)
+    logits = predict(network, data.test_images)
     loss = F.cross_entropy(logits, data.test_labels).item()
     return {"test_loss": loss, "test_acc": accuracy(logits, data.test_labels)}
 
 
-def train(name, model, args, data, teacher=None):
+def train(name, network, args, data, teacher=None):
     """Train until `is_finished`; save <name>.pt after every epoch. args: command-line options."""
     settings = settings_of(name, args)
     # made_with records settings and sources, so that a later command can check that the file fits.
@@ -501,9 +501,9 @@ def train(name, model, args, data, teacher=None):
     # An interrupted training goes on from what was saved, weights included. (`remaining_stages` has
     # checked that --resume was given.)
     if path.exists():
-        model, run = load(name, args, settings)
+        network, run = load(name, args, settings)
     optimizer = torch.optim.SGD(  # train_epoch sets lr before each step
-        model.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
+        network.parameters(), settings.lr, settings.momentum, weight_decay=settings.weight_decay
     )
     log = run["log"]  # one row per epoch
     if log:
@@ -512,9 +512,10 @@ def train(name, model, args, data, teacher=None):
         epoch = len(log) + 1
         start = time.perf_counter()
         row = {"epoch": epoch}
-        row |= train_epoch(model, settings, data, teacher, optimizer, args.seed, epoch)
+        row |= train_epoch(network, settings, data, teacher, optimizer, args.seed, epoch)
         seconds = time.perf_counter() - start
-        row |= test(model, data) | {"seconds": seconds}
+        row |= test(network, data)
+        row["seconds"] = seconds
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
             # In this folder, --resume would refuse another lr.
             advice = f"in another --results-dir, or after deleting {path} if it is there"
@@ -526,7 +527,7 @@ def train(name, model, args, data, teacher=None):
             print(f"{name}: at most {settings.epochs} epochs, about {minutes:.1f} minutes")
         log.append(row)
         run["finished"] = is_finished(column(log, "train_loss"), settings)
-        run["model"] = model.state_dict()
+        run["model"] = network.state_dict()
         run["optimizer"] = optimizer.state_dict()
         if run["finished"]:
             run["optimizer"] = None  # only needed for --resume
@@ -556,7 +557,7 @@ def made_with(name, args, settings=None):
     """Everything that must match before a saved training may be used again: the network's name, the
     images, and the weights it builds on. If `settings` are given, these and the seed must match,
     too. (Device and version of PyTorch need not.)"""
-    made = {"network": name, "images": args.images_fingerprint}  # the function `run` adds it
+    made = {"network": name, "images": args.images_fingerprint}  # `run_stages` sets it
     for source in BUILDS_ON[name]:  # recursive: loading a source checks its own sources in turn
         _, run = load_trained(source, args)
         made[source] = fingerprint(run["model"].values())
@@ -976,7 +977,7 @@ def parse_args(argv):
     return args
 
 
-def run(args):
+def run_stages(args):
     """One stage, or all of them in turn."""
     try:
         args.results_dir.mkdir(parents=True, exist_ok=True)
@@ -1001,7 +1002,7 @@ def run(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        run(args)
+        run_stages(args)
     except torch.cuda.OutOfMemoryError:
         sys.exit("out of GPU memory: try a smaller --batch-size, in another --results-dir")
     except KeyboardInterrupt:
