@@ -518,8 +518,7 @@ def train(name, network, args, data, teacher=None):
         row["seconds"] = seconds
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
             # In this folder, --resume would refuse another lr.
-            advice = f"in another --results-dir, or after deleting {path} if it is there"
-            sys.exit(f"{name}: the loss is no longer finite. Try a smaller --lr, {advice}")
+            sys.exit(f"{name}: loss no longer finite: try a smaller --lr in another --results-dir")
         columns = [f"{key} {value:<8.5g}" for key, value in row.items()]
         print(f"{name:12}", *columns, flush=True)
         if epoch == 1:
@@ -609,11 +608,10 @@ def load(name, args, settings=None):
         if found.get(key) != value:
             if key in BUILDS_ON:  # the fingerprint of a source
                 sys.exit(f"{path} builds on another {key}.pt: delete it")
-            advice = (
-                "use the same options, delete it to train anew, or choose another --results-dir"
-            )
             if key == "images":
                 advice = "use the same --data-dir, --limit and --holdout, or another --results-dir"
+            else:
+                advice = "use the same options, or another --results-dir, or delete it"
             sys.exit(f"{path} was made with {key} {found.get(key)}, not {value}: {advice}")
     return network.to(args.device, memory_format=torch.channels_last), run
 
@@ -627,15 +625,15 @@ def load_trained(name, args, settings=None):
 
 
 def remaining_stages(stages, args):
-    """The stages that are not finished. Exits at once, rather than after hours of training, if a
-    file would be refused later: the file of one of these stages, or of a training that builds on a
-    network about to be trained anew."""
+    """The stages that are not finished. Exits before anything is trained, rather than hours later,
+    if a stage's file does not fit the options, or if a file builds on a network that is to be
+    trained."""
     remaining = []
     for name in BUILDS_ON:
         path = args.results_dir / f"{name}.pt"
         sources = set(BUILDS_ON[name]).intersection(remaining)
         if path.exists() and sources:
-            sys.exit(f"{path} builds on {sources.pop()}, which is to be trained: delete it first")
+            sys.exit(f"{path} builds on {sources.pop()}, which is to be trained: delete {path}")
         if name not in stages:
             continue
         if path.exists():

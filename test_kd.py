@@ -648,7 +648,7 @@ def test_what_does_not_belong_together_is_refused(damage, stage, copy, data_dir)
     break_it, words = DAMAGE[damage]
     break_it(copy)
     if stage == "all" and damage == "no teacher":
-        words = "dist_student.pt builds on teacher, which is to be trained: delete it"
+        words = "dist_student.pt builds on teacher, which is to be trained: delete "
     assert words in refused(data_dir, copy, stage, "--resume", *OPTIONS)
 
 
@@ -669,7 +669,7 @@ def test_other_options_are_refused_before_anything_is_trained(option, words, cop
 
 def test_what_a_new_training_would_outdate_is_refused_first(copy, data_dir):
     (copy / "dist_student.pt").unlink()
-    words = "control.pt builds on dist_student, which is to be trained: delete it"
+    words = "control.pt builds on dist_student, which is to be trained: delete "
     for stage in ("all", "dist_student"):
         assert words in refused(data_dir, copy, stage, "--resume", *OPTIONS)
 
