@@ -357,11 +357,12 @@ def start_second_stage(finished, folder):
     return folder
 
 
-def test_distillation_is_what_a_plain_loop_computes(finished, data_dir, data, tmp_path):
+@pytest.mark.parametrize("clip", [0, 0.1])
+def test_distillation_is_what_a_plain_loop_computes(finished, data_dir, data, tmp_path, clip):
     """One step: the same images for both, the teacher in eval mode and left as it is, the loss by
-    hand, SGD written out."""
+    hand, SGD and gradient clipping written out."""
     folder = start_second_stage(finished, tmp_path / "run")
-    options = ["--epochs", 1, "--batch-size", 1000, "--lr", 0.003]
+    options = ["--epochs", 1, "--batch-size", 1000, "--lr", 0.003, "--grad-clip", clip]
     run(data_dir, folder, "dist_student", *options)
     settings = kd.Settings(batch_size=1000)
     inputs, labels = next(kd.training_batches(data[0], data[1], settings, 0, 1))
@@ -375,9 +376,14 @@ def test_distillation_is_what_a_plain_loop_computes(finished, data_dir, data, tm
     ce = F.cross_entropy(logits, labels)
     kl = F.kl_div((logits / 5).log_softmax(1), (soft / 5).softmax(1), reduction="sum") / len(labels)
     (0.5 * ce + 0.5 * 25 * kl).backward()
+    length = math.sqrt(sum((weight.grad**2).sum().item() for weight in student.parameters()))
+    scale = 1
+    if clip:
+        assert length > 2 * clip
+        scale = clip / length
     trained = dict(read_network(folder, "dist_student").named_parameters())
     for key, weight in student.named_parameters():
-        step = weight.detach() - 0.003 * (weight.grad + 5e-4 * weight.detach())
+        step = weight.detach() - 0.003 * (scale * weight.grad + 5e-4 * weight.detach())
         torch.testing.assert_close(trained[key].detach(), step, atol=2e-5, rtol=1e-3)
     assert same_weights(folder, finished, "teacher")
 
@@ -442,7 +448,7 @@ def test_a_step_on_cuda_neither_copies_nor_waits_and_convolves_in_bf16(monkeypat
             data = kd.Data(images, labels, images, labels)
             optimizer = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
             copies.clear()
-            settings = kd.Settings(batch_size=20, cutout=8)
+            settings = kd.Settings(batch_size=20, cutout=8, grad_clip=1)
             kd.train_epoch(student, settings, data, teacher, optimizer, 0, 1)
         counts.append(len(copies))
     assert convolutions and set(convolutions) == {torch.bfloat16}
