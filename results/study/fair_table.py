@@ -30,6 +30,7 @@ def print_row(words, correct, path):
 
 answers = np.load("results/strong/answers.npz")
 own = np.load(STUDY / "fair/own_teacher_answers.npz")["dist_student"]
+equal = np.load(STUDY / "fair/equal_budget_answers.npz")["student"]
 labels = answers["labels"]
 control = answers["control"] == labels
 print("| test images | last epoch | last five | − control |")
@@ -38,6 +39,8 @@ for name in ("student", "control", "dist_student"):
     print_row(name, answers[name] == labels, f"results/strong/{name}_train_logs.csv")
 path = STUDY / "fair/own_teacher_train_logs.csv"
 print_row("the student as its own teacher", own == labels, path)
+path = STUDY / "fair/equal_budget_train_logs.csv"
+print_row("a student from scratch, 130 epochs", equal == labels, path)
 
 tuning = STUDY / "tuning/cutout"
 correct = {}
