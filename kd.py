@@ -101,8 +101,8 @@ class Settings:
 
 
 # For higher accuracy: more steps, on smaller batches, at a higher learning rate, which first rises
-# and then falls. Many of these values, T and alpha included, were chosen on held-out training
-# images: see results/README.md.
+# and then falls. Some of these values were chosen on held-out training images: see
+# results/README.md.
 STRONG = Settings(
     epochs=100,
     batch_size=512,
@@ -469,8 +469,8 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         optimizer.zero_grad()
         loss.backward()
         if settings.grad_clip > 0:
-            # `skip` is applied four times, like a recurrent layer. When its weights grow, its
-            # gradient can explode and undo the training (Pascanu et al., 2013).
+            # `skip` is applied four times, like a recurrent layer, whose gradient can explode and
+            # undo a training (Pascanu et al., 2013).
             nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
         optimizer.step()
         loss_sum += loss.detach() * len(labels)

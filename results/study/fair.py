@@ -6,6 +6,8 @@ python results/study/fair.py own_teacher --recipe strong --results-dir runs/own
 python results/study/fair.py smoothing --recipe strong --holdout 5000 --results-dir runs/soft
 python results/study/fair.py control --recipe strong --holdout 5000 --lr 0.1 --results-dir runs/lr
 
+(The published rows were made without gradient clipping, now --grad-clip 0.)
+
 own_teacher: dist_student learns from the trained student instead of the teacher.
 control: a control without a dist_student, for all of the recipe's epochs; --lr is for it alone.
 smoothing: the same, with labels smoothed by 0.1: do softer targets help without a teacher?
