@@ -25,9 +25,8 @@ teacher. What the teacher adds is therefore the accuracy of dist_student minus t
 
 This file reproduces a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
-right away; gains measured that way are not comparable with the one here. Do not count on a gain if
-the teacher is hardly better than the student, or so sure of its training images that its soft
-targets say no more than the labels.
+right away; gains measured that way cannot be compared with those of this file. A gain is not
+guaranteed: with the recipe `strong` we have seen none so far that is clear.
 
     python kd.py --stage all
 
@@ -79,7 +78,7 @@ class Settings:
     shear: float = 10.0  # sheared along x by up to this many degrees, either way
     shift: int = 0  # shifted by up to this many pixels in x and in y
     flip: float = 0.0  # mirrored with this probability
-    cutout: int = 0  # a square with sides of this many pixels is removed
+    cutout: int = 0  # a square of this many pixels a side is set to the mean; 0: none
     temperature: float = 5.0  # T; only dist_student uses T and alpha
     alpha: float = 0.5  # weight of the label; the soft target has weight 1 - alpha
     # Early stopping, only with a constant lr: training ends when the training loss has changed by
@@ -209,7 +208,8 @@ def StudentModel():
 
 
 # === 3. Data: all images stay on the training device, as bytes ====================================
-# `images` have values from 0 to 255; `inputs` are normalised and, in training, augmented before.
+# `images` have values from 0 to 255. `inputs` are what a network gets: in training, images are
+# augmented, and in training and testing they are normalised.
 
 
 class Data(NamedTuple):
@@ -613,7 +613,7 @@ def load(name, args, settings=None):
     for key, value in made_with(name, args, settings).items():
         if found.get(key) != value:
             if key in BUILDS_ON:  # the fingerprint of a source
-                sys.exit(f"{path} builds on another {key}.pt: delete it")
+                sys.exit(f"{path} builds on another {key}.pt: delete {path}")
             if key == "images":
                 advice = "use the same --data-dir, --limit and --holdout, or another --results-dir"
             else:
