@@ -12,7 +12,7 @@ alpha, from 0 to 1, says how much the label counts. CE is the usual cross-entrop
 Kullback-Leibler divergence, measures how far the student's probabilities are from the teacher's,
 both at temperature T. Section 4 explains it, and T².
 
-There are four training runs. Each produces one network, and run and network share a name:
+There are four trainings. Each produces one network, and training and network share a name:
 
     teacher       a large network, trained on labels
     student       a small network, trained on labels
