@@ -327,6 +327,7 @@ def test_loss_is_finite_at_extreme_logits():
         ([2.0, 1.5, 1.51, 1.50, 1.51], 5),  # small rises count, too
         ([2.0, 1.5, 1.49, 1.48, 1.2, 1.19, 1.18], None),  # a large one starts the count anew
         ([2.0, 1.5, 1.49, 1.48, 1.2, 1.19, 1.18, 1.17], 8),
+        ([1.0, 1.0, 1.0, 1.0], 4),
         ([0.0], None),
     ],
 )
@@ -338,12 +339,12 @@ def test_early_stopping(losses, stops_at):
         return None
 
     assert first_stop(kd.Settings(patience=3)) == stops_at
-    assert first_stop(kd.Settings(patience=3, warmup=0.2)) is None
+    assert first_stop(kd.Settings(patience=3, min_delta=0)) is None
     assert first_stop(kd.Settings(epochs=1)) == 1
 
 
 def test_learning_rate_rises_and_falls():
-    settings = kd.Settings(lr=0.4, warmup=0.2)
+    settings = kd.Settings(lr=0.4, warmup=0.2, min_delta=0)
     for progress, part in ((0, 0), (0.1, 0.5), (0.2, 1), (0.6, 0.5), (0.8, 0.25), (1, 0)):
         assert kd.learning_rate(settings, progress) == pytest.approx(0.4 * part)
     assert kd.learning_rate(kd.Settings(lr=0.4), 0.99) == 0.4
@@ -683,7 +684,7 @@ def test_what_a_new_training_would_outdate_is_refused_first(copy, data_dir):
 IMPOSSIBLE = """temperature=0 temperature=nan temperature=inf alpha=-0.1 alpha=1.1 alpha=nan
 epochs=0 epochs=1.5 batch-size=0 lr=0 lr=inf lr=two momentum=1 momentum=nan weight-decay=-1 warmup=1
 rotation=inf shear=nan shift=-1 flip=2 cutout=-1 patience=0 min-delta=-1 seed=-1 holdout=0 limit=0
-limit=-1 device=tpu recipe=x unknown=1 stage=x recipe=strong,patience=5 recipe=strong,min-delta=5"""
+limit=-1 device=tpu recipe=x unknown=1 stage=x recipe=strong,min-delta=5 warmup=0.2"""
 
 
 @pytest.mark.parametrize("options", IMPOSSIBLE.split())
