@@ -1,5 +1,5 @@
-"""Print what stands against the teacher in `strong`: other second trainings, by fair.py. Run it
-from the repository's root:
+"""Print what stands against the teacher in `strong`, without gradient clipping: other second
+trainings, by fair.py. Run it from the repository's root:
 
 python results/study/fair_table.py
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 STUDY = Path("results/study")
+STRONG = "results/seeds/strong_unclipped_0"
 
 
 def difference(correct, other):
@@ -28,7 +29,7 @@ def print_row(words, correct, path):
     print(f"| {words} | {100 * correct.mean():.2f} | {last_five:.2f} | {gain} |")
 
 
-answers = np.load("results/strong/answers.npz")
+answers = np.load(f"{STRONG}/answers.npz")
 own = np.load(STUDY / "fair/own_teacher_answers.npz")["dist_student"]
 equal = np.load(STUDY / "fair/equal_budget_answers.npz")["student"]
 labels = answers["labels"]
@@ -36,7 +37,7 @@ control = answers["control"] == labels
 print("| test images | last epoch | last five | − control |")
 print("|---|---|---|---|")
 for name in ("student", "control", "dist_student"):
-    print_row(name, answers[name] == labels, f"results/strong/{name}_train_logs.csv")
+    print_row(name, answers[name] == labels, f"{STRONG}/{name}_train_logs.csv")
 path = STUDY / "fair/own_teacher_train_logs.csv"
 print_row("the student as its own teacher", own == labels, path)
 path = STUDY / "fair/equal_budget_train_logs.csv"
