@@ -632,7 +632,7 @@ def remaining_stages(stages, args):
     for name in BUILDS_ON:
         path = args.results_dir / f"{name}.pt"
         sources = set(BUILDS_ON[name]).intersection(remaining)
-        if path.exists() and sources:
+        if path.exists() and sources:  # even if this training was not asked for
             sys.exit(f"{path} builds on {sources.pop()}, which is to be trained: delete {path}")
         if name not in stages:
             continue
