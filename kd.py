@@ -26,7 +26,7 @@ teacher. What the teacher adds is therefore the accuracy of dist_student minus t
 This file reproduces a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
 right away; gains measured that way cannot be compared with those of this file. A gain is not
-guaranteed: with the recipe `strong`, our networks do not show whether there is one.
+guaranteed: with the recipe `strong`, ours do not settle whether there is one.
 
     python kd.py --stage all
 
@@ -125,7 +125,7 @@ STRONG = Settings(
 # In each pair, the first Settings are for teacher and student, the second for dist_student and
 # control.
 RECIPES = {
-    # As in the assignment, only dist_student and control have weight decay.
+    # As in the assignment, there is weight decay only in the second training.
     "reference": (Settings(), Settings(weight_decay=5e-4)),
     "strong": (STRONG, dataclasses.replace(STRONG, epochs=30, lr=0.05)),
 }
