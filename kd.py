@@ -472,8 +472,8 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         optimizer.zero_grad()
         loss.backward()
         if settings.grad_clip > 0:
-            # `skip` is applied four times, like a recurrent layer, whose gradient can explode and
-            # undo a training (Pascanu et al., 2013).
+            # Without this, some trainings collapsed. We suspect `skip`: applied four times, it is
+            # like a recurrent layer, whose gradient can explode (Pascanu et al., 2013).
             nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
         optimizer.step()
         loss_sum += loss.detach() * len(labels)

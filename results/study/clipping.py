@@ -3,8 +3,8 @@ must hold teacher.pt and student.pt; nothing in it is changed. On a CPU, in floa
 repository's root:
 
 python results/study/clipping.py runs/seed2 dist_student --grad-clip 0
-python results/study/clipping.py runs/seed2 dist_student --grad-clip 1
-python results/study/clipping.py runs/seed2 control --grad-clip 1
+python results/study/clipping.py runs/seed2 dist_student --grad-clip 1 --epochs 3
+python results/study/clipping.py runs/seed2 control --grad-clip 1 --epochs 3
 
 Writes results/study/collapse/steps_<name>_clip<grad-clip>.csv. Per step: the loss, training
 accuracy, length of the gradient before clipping, and gain of `skip` before the step (see
