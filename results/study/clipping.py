@@ -8,7 +8,7 @@ python results/study/clipping.py runs/seed2 control --grad-clip 1 --epochs 3
 
 Writes results/study/collapse/steps_<name>_clip<grad-clip>.csv. Per step: the loss, training
 accuracy, length of the gradient before clipping, and gain of `skip` before the step (see
-collapse.py). clipping_table.py makes tables and a picture from these files.
+collapse.py). clipping_table.py makes a table of these files.
 """
 
 import argparse
