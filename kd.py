@@ -23,7 +23,7 @@ There are four trainings. Each produces one network, and training and network sh
 dist_student has had more epochs than the student, so it would probably be better even without a
 teacher. What the teacher adds is therefore the accuracy of dist_student minus that of control.
 
-This file reproduces a course assignment: The School of AI, EPAi v5, session 29. The assignment
+This file follows a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
 right away; gains measured that way cannot be compared with those of this file. A gain is not
 guaranteed: with the recipe `strong`, ours do not settle whether there is one.

@@ -28,7 +28,7 @@ EPOCHS = 5
 OPTIONS = ["--epochs", EPOCHS, "--batch-size", 16, "--lr", 0.003]
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def float32():
     """On every CPU, to compare results closely."""
     with pytest.MonkeyPatch.context() as patch:
@@ -36,7 +36,7 @@ def float32():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """A learnable set: in each class a square of its colour, somewhere on dark noise."""
     root = tmp_path_factory.mktemp("data")
@@ -54,7 +54,7 @@ def data_dir(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def data(data_dir):
     return kd.load_cifar10(data_dir)
 
@@ -64,7 +64,7 @@ def run(data_dir, folder, stage, *options):
     kd.main([str(option) for option in options] + ["--device", "cpu"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(data_dir, tmp_path_factory):
     """The results of `--stage all` on the small set."""
     folder = tmp_path_factory.mktemp("runs") / "all"
