@@ -14,7 +14,13 @@ from pathlib import Path
 import numpy as np
 
 NAMES = ("teacher", "student", "dist_student", "control")
-PAIRS = (("dist_student", "control"), ("control", "student"), ("dist_student", "student"))
+PAIRS = (
+    ("dist_student", "control"),
+    ("control", "student"),
+    ("dist_student", "student"),
+    ("dist_student", "teacher"),
+    ("control", "teacher"),
+)
 # Student's t, 97.5 %, by number of seeds (degrees of freedom + 1).
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
