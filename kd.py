@@ -10,7 +10,7 @@ from both the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503
 
 alpha, from 0 to 1, says how much the label counts. CE is the usual cross-entropy. KL, the
 Kullback-Leibler divergence, measures how far the student's probabilities are from the teacher's,
-both at temperature T. Section 4 explains it, and T².
+both at temperature T. Section 4 explains KL and T².
 
 There are four trainings. Each produces one network, and training and network share a name:
 
@@ -26,12 +26,12 @@ teacher. What the teacher adds is therefore the accuracy of dist_student minus t
 This file follows a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
 right away; gains measured that way cannot be compared with those of this file. A gain is not
-guaranteed: with the recipe `strong`, ours do not settle whether there is one.
+guaranteed: with the recipe `strong`, it is not settled whether there is one.
 
     python kd.py --stage all
 
 Sections 1 to 5 and 8 are the experiment. On a first reading, skip 6, 7 and 9: files, pictures and
-the command line. The names of the functions used from there say what they do.
+the command line.
 """
 
 import argparse
@@ -43,7 +43,6 @@ import json
 import math
 import platform
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +62,7 @@ from tqdm import tqdm
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Hyperparameters of one training. The defaults are the assignment's."""
+    """Hyperparameters of one training. Defaults: the assignment's for teacher and student."""
 
     epochs: int = 100  # at most, if there is early stopping
     batch_size: int = 2048
@@ -82,7 +81,7 @@ class Settings:
     temperature: float = 5.0  # T; only dist_student uses T and alpha
     alpha: float = 0.5  # weight of the label; the soft target has weight 1 - alpha
     # Early stopping: training ends when the training loss has changed by less than min_delta in
-    # each of the last `patience` epochs. With min_delta = 0, it never does.
+    # each of the last `patience` epochs. With min_delta = 0, there is no early stopping.
     patience: int = 5
     min_delta: float = 0.02
 
@@ -213,8 +212,8 @@ def StudentModel():
 
 
 # === 3. Data: all images stay on the training device, as bytes ====================================
-# `images` have values from 0 to 255. `inputs` are what a network gets: in training, images are
-# augmented, and in training and testing they are normalised.
+# `images` have values from 0 to 255. `inputs` are what a network gets: normalised images, which in
+# training are also augmented.
 
 
 class Data(NamedTuple):
@@ -315,7 +314,7 @@ def affine(images, changes):
     y = from_centre[:, None] - dy  # (N, 32, 1)
     from_x = mirror * ((cos - sin * tan).float() * x + (sin + cos * tan).float() * y)
     from_y = cos.float() * y - sin.float() * x
-    # grid_sample measures from -1, the left or upper edge of the image, to 1: half an image is 1.
+    # grid_sample measures from -1, the left or upper edge of the image, to 1, so 16 pixels are 1.
     grid = torch.stack([from_x, from_y], dim=-1) / 16
     return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
 
@@ -342,8 +341,8 @@ def cut_out(inputs, centres, size):
 
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels). With the same settings, order and
-    augmentation depend on seed and epoch alone, so dist_student and control see the same. The
-    random numbers are drawn on the CPU, so every device sees the same, too."""
+    augmentation depend on seed and epoch alone, so dist_student and control see the same inputs.
+    The random numbers are drawn on the CPU, so they are the same with every device."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
@@ -381,9 +380,9 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
     Why KL(teacher ‖ student), not the reverse? Let p be the teacher's softmax(logits / T) and q the
     student's. KL(p ‖ q) = Σ p (log p - log q) weighs each class by p: wherever the teacher gives a
     class some probability, the student must do so, too. The reverse, Σ q (log q - log p), weighs by
-    q: the term of a class that the student ignores vanishes. (The paper has cross-entropy,
-    -Σ p log q. It differs from KL by Σ p log p, which does not depend on the student, so both have
-    the same gradients.)
+    q: a class that the student ignores costs it nothing. (The paper has cross-entropy, -Σ p log q.
+    It differs from KL by Σ p log p, which does not depend on the student, so both have the same
+    gradients.)
 
     Why T²? The gradient of KL with respect to the student's logits is (q - p) / T. And q - p itself
     shrinks like 1/T: for logits z of C classes and a large T, softmax(z / T) is about
@@ -422,10 +421,10 @@ def learning_rate(settings, progress):
 
 
 def is_finished(losses, settings):
-    """Whether training is over, given the training loss of each epoch so far: after the last epoch,
-    or by early stopping, when the loss has changed by less than min_delta, up or down, in each of
-    the last `patience` epochs. (This is the assignment's rule. The usual one watches the loss on
-    held-out images.)"""
+    """True after the last epoch, or (early stopping) once the training loss has changed by less
+    than min_delta, up or down, in each of the last `patience` epochs. losses: one value for each
+    epoch so far. (This is the assignment's rule. The usual one watches the loss on held-out
+    images.)"""
     if len(losses) == settings.epochs:
         return True
     changes = np.abs(np.diff(losses))
@@ -526,7 +525,6 @@ def train(name, network, args, data, teacher=None):
         row |= test(network, data)
         row["seconds"] = seconds
         if not math.isfinite(row["train_loss"] + row["test_loss"]):
-            # In this folder, --resume would refuse another lr.
             sys.exit(f"{name}: loss no longer finite: try a smaller --lr in another --results-dir")
         columns = [f"{key} {value:<8.5g}" for key, value in row.items()]
         print(f"{name:12}", *columns, flush=True)
@@ -592,8 +590,6 @@ def load(name, args, settings=None):
     missing, if it builds on other files than those now in the folder, or if it was made with
     settings other than the ones given."""
     path = args.results_dir / f"{name}.pt"
-    if not path.exists():
-        sys.exit(f"{path} is missing: run --stage {name} first")
     network = StudentModel()
     if name == "teacher":
         network = TeacherModel()
@@ -601,6 +597,9 @@ def load(name, args, settings=None):
         run = torch.load(path, map_location="cpu", weights_only=True)  # never runs code in a file
         network.load_state_dict(run["model"])
         found = dict(run["made_with"])
+    except OSError as error:
+        reason = error.strerror
+        sys.exit(f"{path} cannot be read ({reason}): if it is missing, run --stage {name} first")
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).partition("\n")[0]
         sys.exit(f"{path} is damaged or belongs to another network ({reason}): delete it")
@@ -733,7 +732,7 @@ def compare(name, other, correct, runs):
     mean = difference.mean().item()
     standard_error = difference.std().item() / math.sqrt(len(difference))
     last = f"{mean:+.2f} ± {standard_error:.2f}"
-    if abs(mean) < 1.96 * standard_error:  # 0 is in the 95 % interval
+    if abs(mean) <= 1.96 * standard_error:  # 0 is in the 95 % interval
         last = f"no difference seen ({last})"
     five = mean_of_last_five(runs[name]["log"]) - mean_of_last_five(runs[other]["log"])
     return f"{name} - {other}: {last} after the last epoch, {five:+.2f} over the last five"
@@ -821,8 +820,8 @@ def settings_of(name, args):
 
 def new_network(kind, args):
     """A TeacherModel or StudentModel. Its initial weights depend on the seed alone."""
-    # The assignment asks for this table of layers. It is made from a throw-away copy, because
-    # torchsummary runs the network once and so changes BatchNorm's averages.
+    # The assignment asks for this table of layers. (It counts `skip` four times.) It is made from a
+    # throw-away copy: torchsummary runs the network once, which changes BatchNorm's averages.
     torchsummary.summary(kind(), (3, 32, 32), device="cpu")
     torch.manual_seed(args.seed)
     return kind().to(args.device, memory_format=torch.channels_last)
@@ -871,7 +870,7 @@ def evaluate(args, data):
         correct[name] = answers == labels
         # Agreement: on how many images the teacher gives the same answer, right or wrong.
         rows[name]["agreement"] = accuracy(logits["teacher"], answers)
-        write_log(name, log, args)  # so that the four .pt files suffice
+        write_log(name, log, args)  # in case only the .pt files are here
     verdict = [
         "Effect of the teacher: " + compare("dist_student", "control", correct, runs),
         "Effect of the second training: " + compare("control", "student", correct, runs),
@@ -918,11 +917,11 @@ def device_name(device):
 def keep_freed_memory():
     """On Linux, keep freed memory for the next step, rather than return it to the system and ask
     for it again: with large batches, an epoch on the CPU is much shorter. See `man mallopt`."""
-    if platform.libc_ver()[0] == "glibc":
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         m_trim_threshold = -1  # names and numbers from malloc.h
         m_mmap_max = -4
-        libc.mallopt(m_mmap_max, 0)  # no mmap: its blocks return to the system as soon as freed
+        libc.mallopt(m_mmap_max, 0)  # no mmap, whose blocks go back as soon as they are freed
         libc.mallopt(m_trim_threshold, 2**31 - 1)  # keep up to 2 GiB that are unused
 
 
@@ -976,7 +975,9 @@ def run_stages(args):
     """One stage, or all of them in turn."""
     try:
         args.results_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.results_dir).close()  # can it be written to?
+        probe = args.results_dir / "probe.part"  # can files be written there?
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         sys.exit(f"--results-dir: {error}")
     keep_freed_memory()
@@ -985,6 +986,8 @@ def run_stages(args):
         data = hold_out(data, args.holdout)
     data = Data(*[tensor[: args.limit] for tensor in data])  # None: all
     args.images_fingerprint = fingerprint(data)
+    print(f"{len(data.train_images):,} training images, {len(data.test_images):,} test images")
+    print(f"device: {device_name(args.device)}")
     stages = [args.stage]
     if args.stage == "all":
         stages = list(STAGES)

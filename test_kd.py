@@ -455,7 +455,7 @@ def test_all_learns_and_its_figures_are_right(finished, data):
     verdict = summary["verdict"][0]
     assert "dist_student - control: " in verdict and verdict in table
     assert f"{gain.mean():+.2f} ± {error:.2f}" in verdict
-    assert ("no difference seen" in verdict) == (abs(gain.mean()) < 1.96 * error)
+    assert ("no difference seen" in verdict) == (abs(gain.mean()) <= 1.96 * error)
 
 
 @pytest.mark.usefixtures("quick_pictures")
@@ -591,7 +591,8 @@ def test_files_that_do_not_belong_together_are_refused(copy, data_dir):
     words = "dist_student.pt builds on another teacher.pt: delete "
     assert words in refused(data_dir, copy, "evaluate")
     (copy / "teacher.pt").unlink()
-    assert "--stage teacher" in refused(data_dir, copy, "evaluate")
+    message = refused(data_dir, copy, "evaluate")
+    assert "--stage teacher" in message and "delete" not in message
 
 
 @pytest.mark.parametrize(
@@ -644,7 +645,7 @@ def test_bad_images_are_named(data_dir, tmp_path):
     Image.new("RGB", (64, 48)).save(root / "train/cat/0.png")
     assert "64×48" in message()
     (root / "train/airplane/3.png").write_bytes(b"\x89PNG")
-    assert "airplane/3.png" in message()
+    assert re.search(r"airplane.3\.png", message())
 
 
 def test_missing_data_diverging_loss_and_bad_folder(data_dir, tmp_path, monkeypatch):
