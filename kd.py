@@ -121,10 +121,9 @@ STRONG = Settings(
     alpha=0.1,
     min_delta=0.0,
 )
-# In each pair, the first Settings are for teacher and student, the second for dist_student and
-# control.
+# In each pair, the first is for teacher and student, the second for dist_student and control.
 RECIPES = {
-    # As in the assignment, there is weight decay only in the second training.
+    # As in the assignment, there is weight decay only in the second.
     "reference": (Settings(), Settings(weight_decay=5e-4)),
     "strong": (STRONG, dataclasses.replace(STRONG, epochs=30, lr=0.05)),
 }
