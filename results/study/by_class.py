@@ -28,6 +28,11 @@ def difference(name, other, chosen):
     return f"{points.mean():+.2f} ± {standard_error:.2f} ({points.mean() / standard_error:+.1f})"
 
 
+def repeats(name):
+    """Whether a network repeats the teacher's error, on each image where the teacher is wrong."""
+    return 100.0 * (answers[name] == answers["teacher"])[~right("teacher")]
+
+
 print("| | dist_student − control | control − student |")
 print("|---|---|---|")
 groups = {"all": np.full(len(labels), True)}
@@ -45,3 +50,8 @@ for name in ("student", "control", "dist_student"):
     cells = [100 * same.mean(), 100 * same[right("teacher")].mean()]
     cells.append(100 * same[~right("teacher")].mean())
     print(f"| {name} |", " | ".join(f"{cell:.2f}" for cell in cells), "|")
+
+points = repeats("dist_student") - repeats("control")
+standard_error = points.std(ddof=1) / math.sqrt(len(points))
+print("\nwhere the teacher is wrong, dist_student − control:", end=" ")
+print(f"{points.mean():+.1f} ± {standard_error:.1f} on {len(points)} images")
