@@ -72,7 +72,7 @@ class Settings:
     warmup: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
-    grad_clip: float = 0.0  # a longer gradient is scaled down to this length; 0: never
+    grad_clip: float = 0.0  # a gradient with a larger norm is scaled down to it; 0: no clipping
     rotation: float = 10.0  # training images are rotated by up to this many degrees, either way
     shear: float = 10.0  # sheared along x by up to this many degrees, either way
     shift: int = 0  # shifted by up to this many pixels in x and in y
@@ -103,8 +103,8 @@ class Settings:
 
 
 # For higher accuracy: more steps, on smaller batches, at a higher learning rate, which first rises
-# and then falls. Some of these values were chosen on held-out training images; grad_clip was added
-# because trainings had collapsed without it. See results/README.md.
+# and then falls. Where values were compared, it was on held-out training images; grad_clip was
+# added because trainings had collapsed without it. See results/README.md.
 STRONG = Settings(
     epochs=100,
     batch_size=512,
@@ -290,9 +290,10 @@ def affine(images, changes):
     degrees, shifts in x and in y in pixels, and a factor: -1 mirrors, 1 does not. Returns float32,
     values 0 to 255.
 
-    torchvision's RandomAffine changes all images of a batch in the same way. Given the same angles
-    and shifts, it returns the same image as this function. (With both rotation and shift, rounding
-    can make a pixel differ: 1 pixel in 6 million in our test.)
+    torchvision's RandomAffine changes all images of a batch in the same way. For a single image
+    and the same angles and shifts, torchvision's functional.affine returns the same as this
+    function. (With both rotation and shift, rounding can make a pixel differ: 1 in 6 million in
+    our test.)
     """
     angle, shear, dx, dy, mirror = changes[:, :, None, None]  # five tensors (N, 1, 1)
     # cos, sin and tan in float64, the rest in float32, as in torchvision: with different rounding,
@@ -333,15 +334,17 @@ def cut_out(inputs, centres, size):
     arXiv:1708.04552). centres (2, N): x and y of each square's centre, 0 to 32 pixels, so that a
     square may lie partly outside its image."""
     pixels = torch.arange(32, device=inputs.device) + 0.5
-    columns, rows = (pixels - centres[:, :, None]).abs() < size / 2  # which are hit; each (N, 32)
+    distance = (pixels - centres[:, :, None]).abs()  # (2, N, 32): from the centre, in x and in y
+    columns, rows = distance < size / 2
     square = rows[:, :, None] & columns[:, None, :]  # (N, 32, 32)
     return inputs.masked_fill(square[:, None], 0)
 
 
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels). With the same settings, order and
-    augmentation depend on seed and epoch alone, so dist_student and control see the same inputs.
-    The random numbers are drawn on the CPU, so they are the same with every device."""
+    augmentation depend on seed and epoch alone, so dist_student and control see the same inputs:
+    those that the student saw in its first epochs. The random numbers are drawn on the CPU, so they
+    are the same with every device."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
@@ -386,8 +389,9 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
     Why T²? The gradient of KL with respect to the student's logits is (q - p) / T. And q - p itself
     shrinks like 1/T: for logits z of C classes and a large T, softmax(z / T) is about
     1/C + (z - mean(z)) / (C·T). Both q and p have this form, so in q - p the 1/C cancels, and what
-    remains is divided by T. The factor T² compensates for both: as long as T is large compared with
-    the logits, alpha means the same at every T. (At T = 4 or 5 this holds only roughly.)
+    remains is divided by T. So the gradient shrinks like 1/T², and the factor T² makes up for that:
+    as long as T is large compared with the logits, alpha means the same at every T. (At T = 4 or 5
+    this holds only roughly.)
 
     Why batchmean? KL is a sum over classes; "batchmean" takes its mean over the N images. "mean"
     would also divide by the number of classes: with ten classes, the soft loss would be ten times
@@ -446,8 +450,8 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         teacher.eval()  # BatchNorm uses its running averages, and leaves them as they are
     n = len(data.train_images)
     steps = math.ceil(n / settings.batch_size)
-    # With the first step these sums become tensors on the device. They are read only after the last
-    # step: reading them at each step would make the CPU wait for the GPU.
+    # The first step turns these sums into tensors on the device. They are read only after the last:
+    # reading them at each step would make the CPU wait for the GPU.
     loss_sum = 0
     correct = 0
     batches = training_batches(data.train_images, data.train_labels, settings, seed, epoch)
@@ -470,8 +474,8 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         optimizer.zero_grad()
         loss.backward()
         if settings.grad_clip > 0:
-            # Without this, some trainings collapsed. We suspect `skip`: applied four times, it is
-            # like a recurrent layer, whose gradient can explode (Pascanu et al., 2013).
+            # A single very long gradient can throw the weights far off. Clipped, it keeps its
+            # direction, but not its length (Pascanu et al. 2013, arXiv:1211.5063).
             nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
         optimizer.step()
         loss_sum += loss.detach() * len(labels)
@@ -500,7 +504,7 @@ def test(network, data):
 
 
 def train(name, network, args, data, teacher=None):
-    """Train until `is_finished`; save <name>.pt after every epoch. args: command-line options."""
+    """Train until `is_finished`; save <name>.pt after every epoch. args: see `parse_args`."""
     settings = settings_of(name, args)
     # made_with records settings and sources, so that a later command can check that the file fits.
     run = {"made_with": made_with(name, args, settings), "log": [], "finished": False}
@@ -593,7 +597,7 @@ def load(name, args, settings=None):
     if name == "teacher":
         network = TeacherModel()
     try:
-        run = torch.load(path, map_location="cpu", weights_only=True)  # never runs code in a file
+        run = torch.load(path, map_location="cpu", weights_only=True)  # data only, no code
         network.load_state_dict(run["model"])
         found = dict(run["made_with"])
     except OSError as error:
@@ -792,13 +796,14 @@ def draw_answers(path, title, data, logits, indices):
 
 
 def draw_misclassified(path, data, logits, correct):
-    """What distillation changes: up to six images of each of three kinds."""
+    """How the answers of dist_student differ from those of the student: up to six images of each of
+    three kinds."""
     before = correct["student"]
     after = correct["dist_student"]
     kinds = {"still wrong": ~before & ~after, "corrected": ~before & after, "lost": before & ~after}
     counts = [f"{kind.sum():,} {words}" for words, kind in kinds.items()]
     indices = torch.cat([kind.nonzero().flatten()[:6] for kind in kinds.values()])
-    title = f"After distillation: {', '.join(counts)}. The first six of each, in this order:"
+    title = f"From student to dist_student: {', '.join(counts)}. The first six of each:"
     draw_answers(path, title, data, logits, indices.tolist())
 
 
@@ -812,6 +817,7 @@ def settings_of(name, args):
     if name == "dist_student":
         return args.from_student
     # control uses dist_student's settings, but runs exactly as many epochs as dist_student did.
+    # (Early stopping, on a loss of another size, would end it at another time.)
     _, distilled = load_trained("dist_student", args, args.from_student)
     epochs = len(distilled["log"])
     return dataclasses.replace(args.from_student, epochs=epochs, min_delta=0.0)
@@ -903,7 +909,7 @@ def bf16_is_faster(device):
     features = ""
     if Path("/proc/cpuinfo").exists():  # Linux
         features = Path("/proc/cpuinfo").read_text()
-    # To be fast in bfloat16, Intel's CPUs need AMX; for AMD's, AVX-512 is enough.
+    # Intel's CPUs are fast in bfloat16 only with AMX, AMD's already with AVX512_BF16.
     return "amx_bf16" in features or ("AuthenticAMD" in features and "avx512_bf16" in features)
 
 

@@ -8,8 +8,6 @@ linear: far from the border it scales each spatial frequency. Its gain is the la
 which it can lengthen an input, that is, the largest singular value over all frequencies. Four
 applications can lengthen it by up to the fourth power of that. The weights are kept in
 collapse/skip_weights.npz, the accuracies come from the logs.
-
-A second table: the largest rise of the training loss from one epoch to the next.
 """
 
 from pathlib import Path
@@ -26,10 +24,6 @@ def gain(weight):
     dilated[:, :, :5:2, :5:2] = weight
     by_frequency = np.fft.fft2(dilated).transpose(2, 3, 0, 1)  # (SIZE, SIZE, 16, 16)
     return np.linalg.svd(by_frequency, compute_uv=False).max()
-
-
-def print_cells(folder, cells):
-    print(f"| {folder} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":
@@ -49,12 +43,4 @@ if __name__ == "__main__":
             log = np.genfromtxt(path, delimiter=",", names=True)
             found = gain(weights[f"{folder}/{name}"])
             cells.append(f"{log['test_acc'][-1]:.2f} ({found:.2f})")
-        print_cells(folder, cells)
-    print("\n| | teacher | student |\n|---|---|---|")
-    for folder in folders:
-        cells = []
-        for name in ("teacher", "student"):
-            path = Path("results", folder, f"{name}_train_logs.csv")
-            losses = np.genfromtxt(path, delimiter=",", names=True)["train_loss"]
-            cells.append(f"{np.diff(losses).max():.3f}")
-        print_cells(folder, cells)
+        print(f"| {folder} |", " | ".join(cells), "|")
