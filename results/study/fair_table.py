@@ -1,10 +1,11 @@
-"""Print what stands against the teacher in `strong`, without gradient clipping: other second
-trainings, by fair.py. Run it from the repository's root:
+"""Print what stands against the teacher: other second trainings, by fair.py. The first two tables
+are about `strong` without gradient clipping, the last about `reference`. Run it from the
+repository's root:
 
 python results/study/fair_table.py
 
 Differences: points, ± one standard error, paired by image. On test images, what is said of the last
-epoch comes from answers.npz, in float32; the last five come from the logs on the GPU, in bfloat16.
+epoch comes from answers.npz, in float32; the last five come from the logs.
 """
 
 import math
@@ -59,3 +60,13 @@ print("\n| held-out images | last epoch | last five | − control |")
 print("|---|---|---|---|")
 for words, name in rows.items():
     print_row(words, correct[name], tuning / f"{name}.csv")
+
+answers = np.load("results/reference/answers.npz")
+other = np.load(STUDY / "fair/reference_lr0.02/answers.npz")["control"]
+control = answers["control"] == labels
+print("\n| `reference`, test images | last epoch | last five | − control |")
+print("|---|---|---|---|")
+for name in ("student", "control", "dist_student"):
+    print_row(name, answers[name] == labels, f"results/reference/{name}_train_logs.csv")
+path = STUDY / "fair/reference_lr0.02/control_train_logs.csv"
+print_row("control at twice the learning rate", other == labels, path)
