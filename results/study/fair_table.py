@@ -30,15 +30,20 @@ def print_row(words, correct, path):
     print(f"| {words} | {100 * correct.mean():.2f} | {last_five:.2f} | {gain} |")
 
 
+def print_run(heading, folder):
+    """A table's first rows: student, control and dist_student of one run on the test images."""
+    print(f"| {heading} | last epoch | last five | − control |")
+    print("|---|---|---|---|")
+    for name in ("student", "control", "dist_student"):
+        print_row(name, answers[name] == labels, f"{folder}/{name}_train_logs.csv")
+
+
 answers = np.load(f"{STRONG}/answers.npz")
 own = np.load(STUDY / "fair/own_teacher_answers.npz")["dist_student"]
 equal = np.load(STUDY / "fair/equal_budget_answers.npz")["student"]
 labels = answers["labels"]
 control = answers["control"] == labels
-print("| test images | last epoch | last five | − control |")
-print("|---|---|---|---|")
-for name in ("student", "control", "dist_student"):
-    print_row(name, answers[name] == labels, f"{STRONG}/{name}_train_logs.csv")
+print_run("test images", STRONG)
 path = STUDY / "fair/own_teacher_train_logs.csv"
 print_row("the student as its own teacher", own == labels, path)
 path = STUDY / "fair/equal_budget_train_logs.csv"
@@ -64,9 +69,7 @@ for words, name in rows.items():
 answers = np.load("results/reference/answers.npz")
 other = np.load(STUDY / "fair/reference_lr0.02/answers.npz")["control"]
 control = answers["control"] == labels
-print("\n| `reference`, test images | last epoch | last five | − control |")
-print("|---|---|---|---|")
-for name in ("student", "control", "dist_student"):
-    print_row(name, answers[name] == labels, f"results/reference/{name}_train_logs.csv")
+print()
+print_run("`reference`, test images", "results/reference")
 path = STUDY / "fair/reference_lr0.02/control_train_logs.csv"
 print_row("control at twice the learning rate", other == labels, path)
