@@ -8,7 +8,7 @@ from both the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503
 
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
 
-alpha, from 0 to 1, says how much the label counts. CE is the usual cross-entropy. KL, the
+alpha, from 0 to 1, says how much the label counts. CE is the usual cross-entropy, at T = 1. KL, the
 Kullback-Leibler divergence, measures how far the student's probabilities are from the teacher's,
 both at temperature T. Section 4 explains KL and T².
 
@@ -21,7 +21,8 @@ There are four trainings. Each produces one network, and training and network sh
                   dist_student
 
 dist_student has had more epochs than the student, so it would probably be better even without a
-teacher. What the teacher adds is therefore the accuracy of dist_student minus that of control.
+teacher. The control has had as many, without a teacher. So what the teacher adds is the accuracy of
+dist_student minus that of control.
 
 This file follows a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
@@ -97,14 +98,11 @@ class Settings:
         if self.warmup >= 1 or self.momentum >= 1:
             raise ValueError("warmup and momentum must be less than 1")
         if self.warmup > 0 and self.min_delta > 0:
-            raise ValueError(
-                "with warmup, min_delta must be 0: early stopping would cut off lr's decay"
-            )
+            raise ValueError("warmup needs min_delta 0: early stopping would cut off lr's decay")
 
 
 # For higher accuracy: more steps, on smaller batches, at a higher learning rate, which first rises
-# and then falls. Where values were compared, it was on held-out training images; grad_clip was
-# added because trainings had collapsed without it. See results/README.md.
+# and then falls. How the values were chosen: see results/README.md.
 STRONG = Settings(
     epochs=100,
     batch_size=512,
@@ -137,8 +135,7 @@ STD = (0.2470, 0.2435, 0.2616)
 
 
 def conv_relu_bn(channels_in, channels_out):
-    """3×3 convolution, same height and width. (BatchNorm follows ReLU, as in the assignment;
-    usually it comes before. All other choices of layers are the assignment's, too.)"""
+    """3×3 convolution, same height and width. (Usually, BatchNorm comes before ReLU.)"""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
         nn.ReLU(inplace=True),
@@ -169,7 +166,7 @@ def separable(channels_in, channels_out):
 
 
 class Network(nn.Module):
-    """Inputs, float (N, 3, 32, 32) → logits (N, 10)."""
+    """Inputs, float (N, 3, 32, 32) → logits (N, 10). All layers are as in the assignment."""
 
     def __init__(self, width2, width3):
         super().__init__()
@@ -251,9 +248,8 @@ def load_split(data_dir, split):
     # The options --limit and --holdout take slices, so the classes must be mixed, and in the same
     # order wherever the images come from. ImageFolder lists class by class, CIFAR10 file by file;
     # sorted by a hash of their pixels, both come out in the same order, as good as random.
-    order = np.argsort(
-        [hashlib.sha256(image.tobytes()).hexdigest() for image in images], kind="stable"
-    )
+    hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    order = np.argsort(hashes, kind="stable")
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
     return images, torch.tensor(dataset.targets)[order]
 
@@ -274,12 +270,9 @@ def hold_out(data, n):
     without looking at the test set."""
     if n >= len(data.train_labels):
         sys.exit(f"--holdout {n}: there are only {len(data.train_labels)} training images")
-    return Data(
-        data.train_images[:-n],
-        data.train_labels[:-n],
-        data.train_images[-n:],
-        data.train_labels[-n:],
-    )
+    images = data.train_images
+    labels = data.train_labels
+    return Data(images[:-n], labels[:-n], images[-n:], labels[-n:])
 
 
 def affine(images, changes):
@@ -290,10 +283,9 @@ def affine(images, changes):
     degrees, shifts in x and in y in pixels, and a factor: -1 mirrors, 1 does not. Returns float32,
     values 0 to 255.
 
-    torchvision's RandomAffine changes all images of a batch in the same way. For a single image
-    and the same angles and shifts, torchvision's functional.affine returns the same as this
-    function. (With both rotation and shift, rounding can make a pixel differ: 1 in 6 million in
-    our test.)
+    torchvision's RandomAffine would change all images of a batch in the same way. For one image,
+    torchvision's functional.affine with the same angles and shifts returns the same pixels, up to
+    rounding.
     """
     angle, shear, dx, dy, mirror = changes[:, :, None, None]  # five tensors (N, 1, 1)
     # cos, sin and tan in float64, the rest in float32, as in torchvision: with different rounding,
@@ -321,7 +313,7 @@ def affine(images, changes):
 
 def normalise(images):
     """Values 0 to 255 → mean 0 and standard deviation 1 in each channel; float32, in channels_last,
-    the memory format in which convolutions are fastest."""
+    the memory format in which convolutions are usually fastest."""
     inputs = images / 255
     # A loop over plain numbers: a tensor of means would be copied to the GPU for each batch.
     for channel in range(3):
@@ -474,7 +466,7 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         optimizer.zero_grad()
         loss.backward()
         if settings.grad_clip > 0:
-            # A single very long gradient can throw the weights far off. Clipped, it keeps its
+            # A single very long gradient could throw the weights far off. Clipped, it keeps its
             # direction, but not its length (Pascanu et al. 2013, arXiv:1211.5063).
             nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
         optimizer.step()
@@ -610,10 +602,9 @@ def load(name, args, settings=None):
         if found.get(key) != value:
             if key in BUILDS_ON:  # the fingerprint of a source
                 sys.exit(f"{path} builds on another {key}.pt: delete {path}")
+            advice = "use the same options, or another --results-dir, or delete it"
             if key == "images":
                 advice = "use the same --data-dir, --limit and --holdout, or another --results-dir"
-            else:
-                advice = "use the same options, or another --results-dir, or delete it"
             sys.exit(f"{path} was made with {key} {found.get(key)}, not {value}: {advice}")
     return network.to(args.device, memory_format=torch.channels_last), run
 
@@ -643,8 +634,7 @@ def remaining_stages(stages, args):
                 sys.exit(f"{path} exists: add --resume to keep it, or choose another --results-dir")
             _, run = load(name, args, settings_of(name, args))
             if run["finished"]:
-                date = run["date"]
-                print(f"{name}: finished on {date}, kept; to train it anew, delete {path}")
+                print(f"{name}: finished on {run['date']}, kept; to train it anew, delete {path}")
                 continue
         remaining.append(name)
     if "evaluate" in stages:
@@ -817,7 +807,7 @@ def settings_of(name, args):
     if name == "dist_student":
         return args.from_student
     # control uses dist_student's settings, but runs exactly as many epochs as dist_student did.
-    # (Early stopping, on a loss of another size, would end it at another time.)
+    # (Its loss has another size, so early stopping would end it at another time.)
     _, distilled = load_trained("dist_student", args, args.from_student)
     epochs = len(distilled["log"])
     return dataclasses.replace(args.from_student, epochs=epochs, min_delta=0.0)
@@ -845,7 +835,7 @@ def train_student(args, data):
 
 
 def distill(args, data):
-    """The trained student is trained further, with the teacher's soft targets."""
+    """The trained student is trained further, on the labels and the teacher's soft targets."""
     student, _ = load_trained("student", args)
     teacher, _ = load_trained("teacher", args)
     train("dist_student", student, args, data, teacher)
@@ -930,7 +920,7 @@ def keep_freed_memory():
         libc.mallopt(m_trim_threshold, 2**31 - 1)  # keep up to 2 GiB that are unused
 
 
-def count(text):
+def positive_int(text):
     """An argparse type: an integer of at least 1."""
     value = int(text)
     if value < 1:
@@ -952,16 +942,14 @@ def parse_args(argv):
     add("--device", default=devices[0], choices=devices, help=f"default: {devices[0]}")
     add("--resume", action="store_true", help="keep what is finished, go on with what is not")
     add("--seed", type=int, default=0, help="for initial weights, order and augmentation")
-    add("--holdout", type=count, help="to tune: hold out this many training images, test on them")
-    add("--limit", type=count, help="use only this many training and test images")
+    add("--holdout", type=positive_int, help="to tune: test on this many held-out training images")
+    add("--limit", type=positive_int, help="use only this many training and test images")
     group = parser.add_argument_group(
         "settings", "in place of the recipe's, for every training (see class Settings)"
     )
     for name, value in vars(Settings()).items():
         group.add_argument("--" + name.replace("_", "-"), type=type(value), metavar="X")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error("--seed must not be negative")
     overrides = {}
     for name in vars(Settings()):
         if getattr(args, name) is not None:

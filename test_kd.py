@@ -617,7 +617,7 @@ def test_what_a_new_training_would_outdate_is_refused_first(copy, data_dir):
 
 
 IMPOSSIBLE = """temperature=0 alpha=1.1 alpha=nan lr=0 lr=inf epochs=0 batch-size=0 momentum=1
-warmup=1 flip=2 shift=-1 patience=0 seed=-1 limit=0 recipe=strong,min-delta=5 warmup=0.2"""
+warmup=1 flip=2 shift=-1 patience=0 limit=0 recipe=strong,min-delta=5 warmup=0.2"""
 
 
 @pytest.mark.parametrize("options", IMPOSSIBLE.split())
