@@ -28,7 +28,7 @@ def gain(weight):
 
 if __name__ == "__main__":
     weights = np.load("results/study/collapse/skip_weights.npz")
-    folders = ["strong", "seeds/strong_1"]
+    folders = ["strong", "seeds/strong_1", "seeds/strong_2"]
     folders += [f"seeds/strong_unclipped_{seed}" for seed in range(5)]
     folders += [f"seeds/strong_first_clipped_{seed}" for seed in range(3)]
     print("| |", " | ".join(NAMES), "|")
