@@ -27,7 +27,7 @@ dist_student minus that of control.
 This file follows a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
 right away; gains measured that way cannot be compared with those of this file. A gain is not
-guaranteed: with the recipe `strong`, it is not settled whether there is one.
+guaranteed: with the recipe `strong`, three seeds are not enough to see one.
 
     python kd.py --stage all
 
