@@ -341,12 +341,11 @@ def flat(tensors):
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-@pytest.mark.parametrize("clip, warmup", [(0, 0), (0.1, 0.4)])
+@pytest.mark.parametrize("clip, warmup", [(0, 0), (0.1, 0.5)])
 def test_second_trainings_are_what_a_plain_loop_computes(clip, warmup, copy, data_dir, data):
-    """Five steps on the same images for both, with the teacher in eval mode; the loss, SGD, weight
-    decay, clipping and the learning rate are written out."""
-    factors = [0, 1 / 2, 1, 2 / 3, 1 / 3] if warmup else [1, 1, 1, 1, 1]
-    options = ["--epochs", 1, "--batch-size", 32, "--lr", 0.01, "--min-delta", 0]
+    """Two epochs of two steps on the same images for both, with the teacher in eval mode; the loss,
+    SGD, weight decay, clipping and the learning rate are written out."""
+    options = ["--epochs", 2, "--batch-size", 80, "--lr", 0.01, "--min-delta", 0]
     options += ["--grad-clip", clip, "--warmup", warmup]
     teacher = read_network(copy, "teacher").eval()
     start = flat(read_network(copy, "student").parameters())
@@ -356,32 +355,51 @@ def test_second_trainings_are_what_a_plain_loop_computes(clip, warmup, copy, dat
         run(data_dir, copy, name, *options)
         student = read_network(copy, "student").train()
         velocities = [0 for _ in student.parameters()]
-        losses = []
-        correct = 0
-        batches = kd.training_batches(data[0], data[1], kd.Settings(batch_size=32), 0, 1)
-        for factor, (inputs, labels) in zip(factors, batches, strict=True):
-            logits = student(inputs)
-            with torch.no_grad():
-                soft = teacher(inputs)
-            losses.append(by_hand(logits.double(), soft.double(), labels, 5, alpha))
-            correct += (logits.argmax(1) == labels).sum().item()
-            kl = F.kl_div((logits / 5).log_softmax(1), (soft / 5).softmax(1), reduction="sum")
-            loss = alpha * F.cross_entropy(logits, labels) + (1 - alpha) * 25 * kl / len(labels)
-            weights = list(student.parameters())
-            gradients = torch.autograd.grad(loss, weights)
-            length = flat(gradients).norm().item()
-            scale = min(1, clip / length) if clip else 1
-            with torch.no_grad():
-                for i, weight in enumerate(weights):
-                    gradient = scale * gradients[i] + 5e-4 * weight
-                    velocities[i] = 0.9 * velocities[i] + gradient
-                    weight -= 0.01 * factor * velocities[i]
-        row = read_pt(copy, name)["log"][0]
-        assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-        assert row["train_acc"] == pytest.approx(100 * correct / 160, abs=1)
+        factors = iter([0, 1 / 2, 1, 1 / 2] if warmup else [1, 1, 1, 1])
+        for epoch, row in enumerate(read_pt(copy, name)["log"], start=1):
+            losses = []
+            correct = 0
+            batches = kd.training_batches(data[0], data[1], kd.Settings(batch_size=80), 0, epoch)
+            for inputs, labels in batches:
+                logits = student(inputs)
+                with torch.no_grad():
+                    soft = teacher(inputs)
+                losses.append(by_hand(logits.double(), soft.double(), labels, 5, alpha))
+                correct += (logits.argmax(1) == labels).sum().item()
+                kl = F.kl_div((logits / 5).log_softmax(1), (soft / 5).softmax(1), reduction="sum")
+                loss = alpha * F.cross_entropy(logits, labels) + (1 - alpha) * 25 * kl / len(labels)
+                weights = list(student.parameters())
+                gradients = torch.autograd.grad(loss, weights)
+                length = flat(gradients).norm().item()
+                scale = min(1, clip / length) if clip else 1
+                lr = 0.01 * next(factors)
+                with torch.no_grad():
+                    for i, weight in enumerate(weights):
+                        gradient = scale * gradients[i] + 5e-4 * weight
+                        velocities[i] = 0.9 * velocities[i] + gradient
+                        weight -= lr * velocities[i]
+            assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-3)
+            assert row["train_acc"] == pytest.approx(100 * correct / 160, abs=1)
+        assert next(factors, None) is None
         trained = flat(read_network(copy, name).parameters())
         expected = flat(student.parameters())
         assert (trained - expected).norm() < 0.01 * (expected - start).norm()
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_control_runs_as_many_epochs_as_dist_student(copy, data_dir):
+    """Even if its own loss would stop it earlier."""
+    options = ["--epochs", 5, "--batch-size", 160]
+    options += ["--patience", 1, "--min-delta", 1e9]  # stops after two epochs
+    (copy / "dist_student.pt").unlink()
+    (copy / "control.pt").unlink()
+    run(data_dir, copy, "dist_student", *options)
+    distilled = read_pt(copy, "dist_student")
+    assert len(distilled["log"]) == 2
+    distilled["log"].append(distilled["log"][-1])
+    torch.save(distilled, copy / "dist_student.pt")
+    run(data_dir, copy, "control", *options)
+    assert len(read_pt(copy, "control")["log"]) == 3
 
 
 def test_no_step_reads_from_the_device_and_bf16_is_used(monkeypatch, data):
@@ -463,7 +481,9 @@ def test_evaluate_names_limit_and_holdout_and_needs_no_other_option(data_dir, tm
     options = ["--limit", 3, "--holdout", 100]
     for stage in NAMES:
         run(data_dir, tmp_path, stage, "--epochs", 1, "--seed", 3, "--recipe", "strong", *options)
+    (tmp_path / "student_train_logs.csv").unlink()
     run(data_dir, tmp_path, "evaluate", *options)
+    assert (tmp_path / "student_train_logs.csv").exists()  # made from student.pt
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["limit"], summary["holdout"]) == (3, 100)
     assert summary["made_with"]["control"]["seed"] == 3
