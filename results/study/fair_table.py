@@ -67,9 +67,13 @@ for words, name in rows.items():
     print_row(words, correct[name], tuning / f"{name}.csv")
 
 answers = np.load("results/reference/answers.npz")
-other = np.load(STUDY / "fair/reference_lr0.02/answers.npz")["control"]
 control = answers["control"] == labels
 print()
 print_run("`reference`, test images", "results/reference")
-path = STUDY / "fair/reference_lr0.02/control_train_logs.csv"
-print_row("control at twice the learning rate", other == labels, path)
+rows = {
+    "control at twice the learning rate": "reference_lr0.02",
+    "control, labels smoothed by 0.1": "reference_smoothing",
+}
+for words, name in rows.items():
+    other = np.load(STUDY / "fair" / name / "answers.npz")["control"]
+    print_row(words, other == labels, STUDY / "fair" / name / "control_train_logs.csv")
