@@ -1,10 +1,10 @@
 """Knowledge distillation in one file: a small network learns CIFAR-10 from a large one.
 
 A label says "cat". A trained network, the teacher, says more: almost certainly a cat, and if not,
-then far more likely a dog than a truck. This is in the teacher's small probabilities. To bring them
-out, the teacher's logits (the values before the softmax) are divided by a temperature T > 1. The
-result, softmax(logits / T), is called a soft target. A smaller network, the student, then learns
-from both the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
+then far more likely a dog than a truck. Its small probabilities say so. To make them larger, its
+logits (the values before the softmax) are divided by a temperature T > 1. The result,
+softmax(logits / T), is called a soft target. A smaller network, the student, then learns from both
+the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
 
     loss = alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T)
 
@@ -27,7 +27,7 @@ dist_student minus that of control.
 This file follows a course assignment: The School of AI, EPAi v5, session 29. The assignment
 chose to start from the trained student. More often, a fresh student is taught with soft targets
 right away; gains measured that way cannot be compared with those of this file. A gain is not
-guaranteed: with the recipe `strong`, three seeds are not enough to see one.
+guaranteed: with this file's other settings, the recipe `strong`, three runs do not show one.
 
     python kd.py --stage all
 
@@ -68,8 +68,8 @@ class Settings:
     epochs: int = 100  # at most, if there is early stopping
     batch_size: int = 2048
     lr: float = 0.01  # learning rate of SGD
-    # lr rises linearly over this fraction of the training, then falls linearly to 0. Without
-    # warm-up, lr is constant from the first step to the last.
+    # lr rises from 0 over this fraction of the training, then falls to 0, both linearly. Without
+    # warm-up, it is constant.
     warmup: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
@@ -245,9 +245,9 @@ def load_split(data_dir, split):
         )
     if dataset.classes != CLASSES:
         sys.exit(f"{data_dir / split} must hold the folders {', '.join(CLASSES)}, and no others")
-    # The options --limit and --holdout take slices, so the classes must be mixed, and in the same
-    # order wherever the images come from. ImageFolder lists class by class, CIFAR10 file by file;
-    # sorted by a hash of their pixels, both come out in the same order, as good as random.
+    # --limit and --holdout take slices, so the classes must be mixed. ImageFolder lists the images
+    # class by class, CIFAR10 file by file; sorted by a hash of their pixels, both come out in the
+    # same order, as good as random.
     hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
     order = np.argsort(hashes, kind="stable")
     images = torch.from_numpy(images[order]).permute(0, 3, 1, 2)
@@ -334,16 +334,15 @@ def cut_out(inputs, centres, size):
 
 def training_batches(images, labels, settings, seed, epoch):
     """One epoch, shuffled and augmented: yields (inputs, labels). With the same settings, order and
-    augmentation depend on seed and epoch alone, so dist_student and control see the same inputs:
-    those that the student saw in its first epochs. The random numbers are drawn on the CPU, so they
-    are the same with every device."""
+    augmentation depend on seed and epoch alone, so dist_student and control see the same inputs
+    (and the student saw them, too, in its first epochs). The random numbers are drawn on the CPU,
+    so they are the same with every device."""
     n = len(images)
     generator = torch.Generator().manual_seed(1_000_000 * seed + epoch)
     order = torch.randperm(n, generator=generator).to(images.device)
     # From -1 to 1, as fractions of the largest rotation and shear.
     angle, shear = 2 * torch.rand(2, n, generator=generator) - 1
-    shift = settings.shift
-    dx, dy = torch.randint(-shift, shift + 1, (2, n), generator=generator)
+    dx, dy = torch.randint(-settings.shift, settings.shift + 1, (2, n), generator=generator)
     mirror = torch.where(torch.rand(n, generator=generator) < settings.flip, -1, 1)
     changes = torch.stack([settings.rotation * angle, settings.shear * shear, dx, dy, mirror])
     changes = changes.to(images.device)  # (5, n)
@@ -364,8 +363,8 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
     """alpha · CE(student, label) + (1 - alpha) · T² · KL(teacher_T ‖ student_T) → scalar.
 
     Logits: (N, C), any float type; labels: int64 (N,). The loss is computed in float32, and no
-    gradient flows to the teacher. After Hinton et al. 2015, section 2. For example, a teacher of
-    three classes looks at a cat:
+    gradient flows to the teacher. After Hinton et al. 2015, section 2. Example: a teacher that
+    knows three classes sees a cat:
 
         logits   cat 8       dog 5       truck 0
         T = 1    cat 0.952   dog 0.047   truck 0.000   little more than the label says
@@ -406,8 +405,7 @@ def distillation_loss(student_logits, teacher_logits, labels, temperature, alpha
 
 
 def learning_rate(settings, progress):
-    """Constant without warm-up. With it, lr rises linearly from 0 and then falls linearly to 0.
-    `progress` runs from 0 to 1 over all epochs."""
+    """lr for the next step (see `warmup`). `progress` runs from 0 to 1 over all epochs."""
     if settings.warmup == 0:
         return settings.lr
     rising = settings.lr * progress / settings.warmup
@@ -416,9 +414,8 @@ def learning_rate(settings, progress):
 
 
 def is_finished(losses, settings):
-    """True after the last epoch, or (early stopping) once the training loss has changed by less
-    than min_delta, up or down, in each of the last `patience` epochs. losses: one value for each
-    epoch so far. (This is the assignment's rule. The usual one watches the loss on held-out
+    """True after the last epoch, or by early stopping (see `patience`). losses: the training loss
+    of each epoch so far. (This is the assignment's rule. The usual one watches the loss on held-out
     images.)"""
     if len(losses) == settings.epochs:
         return True
@@ -442,7 +439,7 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         teacher.eval()  # BatchNorm uses its running averages, and leaves them as they are
     n = len(data.train_images)
     steps = math.ceil(n / settings.batch_size)
-    # The first step turns these sums into tensors on the device. They are read only after the last:
+    # The first step turns these sums into tensors on the device. They are read only at the end:
     # reading them at each step would make the CPU wait for the GPU.
     loss_sum = 0
     correct = 0
@@ -456,8 +453,7 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         if teacher is None:
             loss = F.cross_entropy(logits, labels)
         else:
-            # The teacher is frozen. It sees the same augmented images: each soft target is its
-            # answer to exactly the image that the student sees.
+            # The teacher is frozen. It sees the same augmented images as the student.
             with torch.no_grad():
                 teacher_logits = compute_logits(teacher, inputs)
             loss = distillation_loss(
@@ -466,8 +462,7 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         optimizer.zero_grad()
         loss.backward()
         if settings.grad_clip > 0:
-            # A single very long gradient could throw the weights far off. Clipped, it keeps its
-            # direction, but not its length (Pascanu et al. 2013, arXiv:1211.5063).
+            # So that no step throws the weights far off (Pascanu et al. 2013, arXiv:1211.5063).
             nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
         optimizer.step()
         loss_sum += loss.detach() * len(labels)
@@ -593,8 +588,7 @@ def load(name, args, settings=None):
         network.load_state_dict(run["model"])
         found = dict(run["made_with"])
     except OSError as error:
-        reason = error.strerror
-        sys.exit(f"{path} cannot be read ({reason}): if it is missing, run --stage {name} first")
+        sys.exit(f"{path} cannot be read ({error.strerror}): if missing, run --stage {name} first")
     except Exception as error:  # torch.load raises many kinds
         reason = str(error).partition("\n")[0]
         sys.exit(f"{path} is damaged or belongs to another network ({reason}): delete it")
@@ -807,7 +801,6 @@ def settings_of(name, args):
     if name == "dist_student":
         return args.from_student
     # control uses dist_student's settings, but runs exactly as many epochs as dist_student did.
-    # (Its loss has another size, so early stopping would end it at another time.)
     _, distilled = load_trained("dist_student", args, args.from_student)
     epochs = len(distilled["log"])
     return dataclasses.replace(args.from_student, epochs=epochs, min_delta=0.0)
@@ -842,9 +835,8 @@ def distill(args, data):
 
 
 def control(args, data):
-    """The trained student is trained further without a teacher, on the same images in the same
-    order as in `distill`. (Compare accuracies only: the two training losses are different
-    quantities.)"""
+    """The trained student is trained further on the labels alone. (Its training loss is another
+    quantity than that of `distill`, so compare accuracies only.)"""
     student, _ = load_trained("student", args)
     train("control", student, args, data)
 
@@ -857,7 +849,7 @@ def evaluate(args, data):
     rows = {}
     logits = {}
     correct = {}
-    for name in BUILDS_ON:
+    for name in BUILDS_ON:  # the four trainings
         network, runs[name] = load_trained(name, args)
         log = runs[name]["log"]
         logits[name], rows[name] = measure(network, log, data)
