@@ -1,8 +1,8 @@
 """Knowledge distillation in one file: a small network learns CIFAR-10 from a large one.
 
 A label says "cat". A trained network, the teacher, says more: almost certainly a cat, and if not,
-then far more likely a dog than a truck. Its small probabilities say so. To make them larger, its
-logits (the values before the softmax) are divided by a temperature T > 1. The result,
+then far more likely a dog than a truck. The teacher's small probabilities say so. To make them
+larger, its logits (the values before the softmax) are divided by a temperature T > 1. The result,
 softmax(logits / T), is called a soft target. A smaller network, the student, then learns from both
 the label and the soft target (Hinton, Vinyals & Dean 2015, arXiv:1503.02531):
 
@@ -462,7 +462,8 @@ def train_epoch(network, settings, data, teacher, optimizer, seed, epoch):
         optimizer.zero_grad()
         loss.backward()
         if settings.grad_clip > 0:
-            # So that no step throws the weights far off (Pascanu et al. 2013, arXiv:1211.5063).
+            # Meant to keep a step from throwing the weights far off (Pascanu et al. 2013,
+            # arXiv:1211.5063). That it does so here is not shown: see results/README.md.
             nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
         optimizer.step()
         loss_sum += loss.detach() * len(labels)
