@@ -80,9 +80,16 @@ def read_pt(folder, name):
 
 
 def read_network(folder, name):
-    network = kd.TeacherModel() if name == "teacher" else kd.StudentModel()
+    network = kd.StudentModel()
+    if name == "teacher":
+        network = kd.TeacherModel()
     network.load_state_dict(read_pt(folder, name)["model"])
     return network
+
+
+@torch.no_grad()
+def logits_of(folder, name, data):
+    return read_network(folder, name).eval()(kd.normalise(data[2]))
 
 
 # --- the networks ---------------------------------------------------------------------------------
@@ -156,7 +163,8 @@ def test_affine_equals_torchvision_pixel_for_pixel():
     changes[4, ::2] = -1
     theirs = []
     for image, (angle, shear, dx, dy, mirror) in zip(images, changes.T.tolist(), strict=True):
-        image = TVF.hflip(image) if mirror < 0 else image
+        if mirror < 0:
+            image = TVF.hflip(image)
         move = [int(dx), int(dy)]
         nearest = InterpolationMode.NEAREST
         theirs.append(TVF.affine(image, angle, move, 1.0, [shear, 0.0], nearest, fill=0))
@@ -207,8 +215,11 @@ def test_flip_and_shift_follow_the_settings():
     assert len(places) == 60 and len(set(places)) == 9
 
 
-@pytest.mark.parametrize("name", ["rotation", "shear"])
-def test_rotation_and_shear_go_as_far_as_the_settings_say(name):
+EVERYWHERE = {-3, -2, -1, 0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("name, vertical", [("rotation", EVERYWHERE), ("shear", {0})])
+def test_rotation_and_shear_go_as_far_as_the_settings_say(name, vertical):
     """10 degrees, either way, move the middle of an edge by up to 15.5 · tan 10° = 2.7 pixels."""
     columns = torch.arange(32).expand(32, 32)
     # Red tells from which column a pixel comes, green from which row.
@@ -218,9 +229,8 @@ def test_rotation_and_shear_go_as_far_as_the_settings_say(name):
     inputs, _ = next(kd.training_batches(images, torch.zeros(1000), settings, 0, 1))
     upper_edge = (inputs[:, 0, 0, 16] * 0.2470 + 0.4914) * 255 - 116  # 0: from its own column
     left_edge = (inputs[:, 1, 16, 0] * 0.2435 + 0.4822) * 255 - 116  # 0: from its own row
-    everywhere = {-3, -2, -1, 0, 1, 2, 3}
-    assert set(upper_edge.round().tolist()) == everywhere
-    assert set(left_edge.round().tolist()) == (everywhere if name == "rotation" else {0})
+    assert set(upper_edge.round().tolist()) == EVERYWHERE
+    assert set(left_edge.round().tolist()) == vertical
 
 
 def test_cutout_removes_one_square_from_each_image():
@@ -229,8 +239,10 @@ def test_cutout_removes_one_square_from_each_image():
     assert (inputs[lost] == 0).all()
     sizes = set()
     for mask in lost.any(dim=1):
-        rows, columns = mask.any(dim=1).sum().item(), mask.any(dim=0).sum().item()
-        assert mask.sum() == rows * columns and 6 <= min(rows, columns) <= max(rows, columns) <= 12
+        rows = mask.any(dim=1).sum().item()
+        columns = mask.any(dim=0).sum().item()
+        assert mask.sum() == rows * columns
+        assert 6 <= rows <= 12 and 6 <= columns <= 12
         sizes.add((rows, columns))
     assert (12, 12) in sizes and len(sizes) > 1  # some squares lie partly outside
 
@@ -249,7 +261,8 @@ def test_an_epoch_s_chance_follows_from_seed_and_epoch_alone(data):
 def test_holdout_takes_training_images_and_any_slice_has_all_classes(data):
     held = kd.hold_out(data, 40)
     assert (len(held[0]), len(held[2])) == (120, 40)
-    images, labels = torch.cat([held[0], held[2]]), torch.cat([held[1], held[3]])
+    images = torch.cat([held[0], held[2]])
+    labels = torch.cat([held[1], held[3]])
     assert by_label(images, labels) == by_label(data[0], data[1])
     assert len(data[1][:60].unique()) == len(data[3][:60].unique()) == 10
     with pytest.raises(SystemExit, match="160 training images"):
@@ -319,45 +332,60 @@ def test_early_stopping(losses, stops_at):
     assert first_stop(kd.Settings(epochs=1)) == 1
 
 
-@pytest.mark.parametrize("clip, warmup", [(0, 0), (0.1, 0.5)])
-def test_second_trainings_are_what_a_plain_loop_computes(clip, warmup, copy, data_dir, data):
-    """Two epochs of two steps on the same images for both, with the teacher in eval mode; the loss,
-    SGD, weight decay, clipping and the learning rate are written out."""
+def train_by_hand(student, teacher, alpha, clip, factors, data):
+    """Two epochs of two steps: the loss, SGD, weight decay, clipping and the learning rate, 0.01
+    times one factor for each step, are written out. Returns each epoch's loss and accuracy."""
+    student.train()
+    teacher.eval()
+    weights = list(student.parameters())
+    velocities = [torch.zeros_like(weight) for weight in weights]
+    factors = iter(factors)
+    log = []
+    for epoch in (1, 2):
+        losses = []
+        correct = 0
+        batches = kd.training_batches(data[0], data[1], kd.Settings(batch_size=80), 3, epoch)
+        for inputs, labels in batches:
+            logits = student(inputs)
+            with torch.no_grad():
+                soft = teacher(inputs)
+            loss = by_hand(logits, soft, labels, 5, alpha)
+            losses.append(loss.item())
+            correct += (logits.argmax(1) == labels).sum().item()
+            gradients = torch.autograd.grad(loss, weights)
+            length = math.hypot(*[gradient.norm() for gradient in gradients])
+            scale = 1
+            if 0 < clip < length:
+                scale = clip / length
+            lr = 0.01 * next(factors)
+            with torch.no_grad():
+                for weight, gradient, velocity in zip(weights, gradients, velocities, strict=True):
+                    velocity.copy_(0.9 * velocity + scale * gradient + 5e-4 * weight)
+                    weight.sub_(lr * velocity)
+        log.append((np.mean(losses), 100 * correct / 160))
+    assert next(factors, None) is None
+    return log
+
+
+@pytest.mark.parametrize(
+    "clip, warmup, factors", [(0, 0, [1, 1, 1, 1]), (0.1, 0.5, [0, 1 / 2, 1, 1 / 2])]
+)
+def test_second_trainings_are_what_a_plain_loop_computes(
+    clip, warmup, factors, copy, data_dir, data
+):
     options = ["--epochs", 2, "--batch-size", 80, "--lr", 0.01, "--min-delta", 0]
     options += ["--grad-clip", clip, "--warmup", warmup, "--seed", 3]
-    teacher = read_network(copy, "teacher").eval()
+    teacher = read_network(copy, "teacher")
     (copy / "dist_student.pt").unlink()
     (copy / "control.pt").unlink()
     for name, alpha in (("dist_student", 0.5), ("control", 1)):
         run(data_dir, copy, name, *options)
-        student = read_network(copy, "student").train()
+        student = read_network(copy, "student")
         start = parameters_to_vector(student.parameters())
-        velocities = [0 for _ in student.parameters()]
-        factors = iter([0, 1 / 2, 1, 1 / 2] if warmup else [1, 1, 1, 1])
-        for epoch, row in enumerate(read_pt(copy, name)["log"], start=1):
-            losses = []
-            correct = 0
-            batches = kd.training_batches(data[0], data[1], kd.Settings(batch_size=80), 3, epoch)
-            for inputs, labels in batches:
-                logits = student(inputs)
-                with torch.no_grad():
-                    soft = teacher(inputs)
-                loss = by_hand(logits, soft, labels, 5, alpha)
-                losses.append(loss.item())
-                correct += (logits.argmax(1) == labels).sum().item()
-                weights = list(student.parameters())
-                gradients = torch.autograd.grad(loss, weights)
-                length = math.hypot(*[gradient.norm() for gradient in gradients])
-                scale = min(1, clip / length) if clip else 1
-                lr = 0.01 * next(factors)
-                with torch.no_grad():
-                    for i, weight in enumerate(weights):
-                        gradient = scale * gradients[i] + 5e-4 * weight
-                        velocities[i] = 0.9 * velocities[i] + gradient
-                        weight -= lr * velocities[i]
-            assert row["train_loss"] == pytest.approx(np.mean(losses), rel=1e-3)
-            assert row["train_acc"] == pytest.approx(100 * correct / 160, abs=1)
-        assert next(factors, None) is None
+        log = train_by_hand(student, teacher, alpha, clip, factors, data)
+        for row, (loss, accuracy) in zip(read_pt(copy, name)["log"], log, strict=True):
+            assert row["train_loss"] == pytest.approx(loss, rel=1e-3)
+            assert row["train_acc"] == pytest.approx(accuracy, abs=1)
         trained = parameters_to_vector(read_network(copy, name).parameters())
         expected = parameters_to_vector(student.parameters())
         assert (trained - expected).norm() < 0.01 * (expected - start).norm()
@@ -424,9 +452,7 @@ def test_all_learns_and_its_figures_are_right(finished, data):
         assert row["epochs"] == len(log) == EPOCHS
         assert row["train_acc"] == pytest.approx(log["train_acc"][-1], abs=0.01)
         assert row["test_acc_last5"] == pytest.approx(log["test_acc"][-5:].mean(), abs=0.01)
-        assert row["parameters"] == (722_752 if name == "teacher" else 223_232)
-        with torch.no_grad():
-            logits = read_network(finished, name).eval()(kd.normalise(data[2]))
+        logits = logits_of(finished, name, data)
         answers[name] = logits.argmax(1).numpy()
         assert row["test_loss"] == pytest.approx(F.cross_entropy(logits, data[3]).item(), rel=1e-3)
         assert row["test_acc"] == pytest.approx(100 * np.mean(answers[name] == data[3].numpy()))
@@ -434,8 +460,10 @@ def test_all_learns_and_its_figures_are_right(finished, data):
         agreement = 100 * np.mean(answers[name] == answers["teacher"])
         assert row["agreement"] == pytest.approx(agreement, abs=0.01)
         assert f" {row['test_acc']:.2f} | {row['test_acc_last5']:.2f} |" in table
-        decay = 5e-4 if name in ("dist_student", "control") else 0
-        assert summary["made_with"][name]["weight_decay"] == decay
+    parameters = {name: row["parameters"] for name, row in summary["rows"].items()}
+    assert parameters.pop("teacher") == 722_752 and set(parameters.values()) == {223_232}
+    decays = [summary["made_with"][name]["weight_decay"] for name in NAMES]
+    assert decays == [0, 0, 5e-4, 5e-4]
     rights = {name: (answer == data[3].numpy()) * 100.0 for name, answer in answers.items()}
     gain = rights["dist_student"] - rights["control"]
     error = gain.std(ddof=1) / math.sqrt(len(gain))
@@ -467,14 +495,27 @@ def test_evaluate_names_limit_and_holdout_and_needs_no_other_option(data_dir, tm
     assert torch.equal(read_network(tmp_path, "student").skip.weight, initial)
 
 
-@pytest.mark.usefixtures("quick_pictures")
-def test_a_clear_difference_is_called_one(copy, data_dir):
+def test_a_clear_difference_is_called_one_and_changed_answers_are_counted(
+    copy, data_dir, data, monkeypatch
+):
     control = read_pt(copy, "control")
     for tensor in control["model"].values():
         tensor.zero_()  # gives every image the same answer
     torch.save(control, copy / "control.pt")
+    titles = {}
+
+    def read_title(figure, path):
+        titles[path.name] = figure.get_suptitle()
+
+    monkeypatch.setattr(Figure, "savefig", read_title)
     run(data_dir, copy, "evaluate")
     assert "no difference seen" not in (copy / "summary.md").read_text(encoding="utf-8")
+    before = logits_of(copy, "student", data).argmax(1) == data[3]
+    after = logits_of(copy, "dist_student", data).argmax(1) == data[3]
+    corrected = (after & ~before).sum()
+    lost = (before & ~after).sum()
+    assert corrected != lost
+    assert f"{corrected} corrected, {lost} lost" in titles["misclassified.png"]
 
 
 # --- files: resume, kills, refusals ---------------------------------------------------------------
@@ -537,7 +578,8 @@ def test_after_ctrl_c_resume_ends_the_same(place, data_dir, tmp_path, capsys):
     run(data_dir, folder, "student", "--resume", *options)
     whole = tmp_path / "whole"
     run(data_dir, whole, "student", *options)
-    ours, theirs = read_pt(folder, "student"), read_pt(whole, "student")
+    ours = read_pt(folder, "student")
+    theirs = read_pt(whole, "student")
     assert all(torch.equal(ours["model"][key], theirs["model"][key]) for key in theirs["model"])
     losses = [row["train_loss"] for row in ours["log"]]
     assert len(losses) == 3 and losses == [row["train_loss"] for row in theirs["log"]]
