@@ -1,6 +1,5 @@
-"""Print what stands against the teacher: other second trainings, by fair.py. The first two tables
-are about `strong` without gradient clipping, the last about `reference`. Run it from the
-repository's root:
+"""Print what stands against the teacher: other second trainings, by fair.py, and a student trained
+from scratch for longer. Run it from the repository's root:
 
 python results/study/fair_table.py
 
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 STUDY = Path("results/study")
-STRONG = "results/seeds/strong_unclipped_0"
+FAIR = STUDY / "fair"
+TUNING = STUDY / "tuning/cutout"
 
 
 def difference(correct, other):
@@ -22,58 +22,72 @@ def difference(correct, other):
     return f"{points.mean():+.2f} ± {points.std(ddof=1) / math.sqrt(len(points)):.2f}"
 
 
-def print_row(words, correct, path):
-    """correct: bool (N,), for each image whether the answer is right. path: the training's log."""
-    log = np.genfromtxt(path, delimiter=",", names=True)
-    last_five = log["test_acc"][-5:].mean()
-    gain = difference(correct, control)
-    print(f"| {words} | {100 * correct.mean():.2f} | {last_five:.2f} | {gain} |")
+def print_table(heading, correct, logs):
+    """correct: by row, bool (N,), for each image whether the answer is right; the rows "control" and
+    "dist_student" must be there. logs: by row, the path of the training's log."""
+    print(f"| {heading} | last epoch | last five | − control | − dist_student |")
+    print("|---|---|---|---|---|")
+    for row, answers in correct.items():
+        log = np.genfromtxt(logs[row], delimiter=",", names=True)
+        last_five = log["test_acc"][-5:].mean()
+        control = difference(answers, correct["control"])
+        distilled = difference(answers, correct["dist_student"])
+        print(f"| {row} | {100 * answers.mean():.2f} | {last_five:.2f} | {control} | {distilled} |")
+    print()
 
 
-def print_run(heading, folder):
-    """A table's first rows: student, control and dist_student of one run on the test images."""
-    print(f"| {heading} | last epoch | last five | − control |")
-    print("|---|---|---|---|")
+def print_test_table(heading, run, others):
+    """run: the folder of student, control and dist_student. others: by row, a folder with answers.npz
+    and one log, and the network's name."""
+    answers = np.load(run / "answers.npz")
+    labels = answers["labels"]
+    correct = {}
+    logs = {}
     for name in ("student", "control", "dist_student"):
-        print_row(name, answers[name] == labels, f"{folder}/{name}_train_logs.csv")
+        correct[name] = answers[name] == labels
+        logs[name] = run / f"{name}_train_logs.csv"
+    for row, (folder, name) in others.items():
+        correct[row] = np.load(FAIR / folder / "answers.npz")[name] == labels
+        logs[row] = FAIR / folder / f"{name}_train_logs.csv"
+    print_table(heading, correct, logs)
 
 
-answers = np.load(f"{STRONG}/answers.npz")
-own = np.load(STUDY / "fair/own_teacher_answers.npz")["dist_student"]
-equal = np.load(STUDY / "fair/equal_budget_answers.npz")["student"]
-labels = answers["labels"]
-control = answers["control"] == labels
-print_run("test images", STRONG)
-path = STUDY / "fair/own_teacher_train_logs.csv"
-print_row("the student as its own teacher", own == labels, path)
-path = STUDY / "fair/equal_budget_train_logs.csv"
-print_row("a student from scratch, 130 epochs", equal == labels, path)
+print_test_table(
+    "test images, with clipping",
+    Path("results/strong"),
+    {"a student from scratch, 130 epochs": ("strong_equal_budget", "student")},
+)
+print_test_table(
+    "test images, without clipping",
+    Path("results/seeds/strong_unclipped_0"),
+    {
+        "a student from scratch, 130 epochs": ("unclipped_equal_budget", "student"),
+        "the student as its own teacher": ("unclipped_own_teacher", "dist_student"),
+    },
+)
 
-tuning = STUDY / "tuning/cutout"
-correct = {}
-for name, bits in np.load(tuning / "correct.npz").items():
-    correct[name] = np.unpackbits(bits)[:5000]
-control = correct["control_epochs30_lr0.05"]
+held_out = {}
+for name, bits in np.load(TUNING / "correct.npz").items():
+    held_out[name] = np.unpackbits(bits)[:5000]
 rows = {
     "control": "control_epochs30_lr0.05",
+    "dist_student": "dist_student_epochs30_lr0.05",
     "control, labels smoothed by 0.1": "control_epochs30_lr0.05_smoothing0.1",
     "control at half the learning rate": "control_epochs30_lr0.025",
     "control at twice the learning rate": "control_epochs30_lr0.1",
-    "dist_student": "dist_student_epochs30_lr0.05",
 }
-print("\n| held-out images | last epoch | last five | − control |")
-print("|---|---|---|---|")
-for words, name in rows.items():
-    print_row(words, correct[name], tuning / f"{name}.csv")
+correct = {}
+logs = {}
+for row, name in rows.items():
+    correct[row] = held_out[name]
+    logs[row] = TUNING / f"{name}.csv"
+print_table("held-out images, without clipping", correct, logs)
 
-answers = np.load("results/reference/answers.npz")
-control = answers["control"] == labels
-print()
-print_run("`reference`, test images", "results/reference")
-rows = {
-    "control at twice the learning rate": "reference_lr0.02",
-    "control, labels smoothed by 0.1": "reference_smoothing",
-}
-for words, name in rows.items():
-    other = np.load(STUDY / "fair" / name / "answers.npz")["control"]
-    print_row(words, other == labels, STUDY / "fair" / name / "control_train_logs.csv")
+print_test_table(
+    "`reference`, test images",
+    Path("results/reference"),
+    {
+        "control at twice the learning rate": ("reference_lr0.02", "control"),
+        "control, labels smoothed by 0.1": ("reference_smoothing", "control"),
+    },
+)
