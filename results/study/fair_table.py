@@ -87,6 +87,7 @@ print_test_table(
     "`reference`, test images",
     Path("results/reference"),
     {
+        "control at half the learning rate": ("reference_lr0.005", "control"),
         "control at twice the learning rate": ("reference_lr0.02", "control"),
         "control, labels smoothed by 0.1": ("reference_smoothing", "control"),
     },
