@@ -23,8 +23,8 @@ def difference(correct, other):
 
 
 def print_table(heading, correct, logs):
-    """correct: by row, bool (N,), for each image whether the answer is right; the rows "control" and
-    "dist_student" must be there. logs: by row, the path of the training's log."""
+    """correct: by row, bool (N,), for each image whether the answer is right; with the rows
+    "control" and "dist_student". logs: by row, the path of the training's log."""
     print(f"| {heading} | last epoch | last five | − control | − dist_student |")
     print("|---|---|---|---|---|")
     for row, answers in correct.items():
@@ -37,8 +37,8 @@ def print_table(heading, correct, logs):
 
 
 def print_test_table(heading, run, others):
-    """run: the folder of student, control and dist_student. others: by row, a folder with answers.npz
-    and one log, and the network's name."""
+    """run: the folder of student, control and dist_student. others: by row, a folder with
+    answers.npz and one log, and the network's name."""
     answers = np.load(run / "answers.npz")
     labels = answers["labels"]
     correct = {}
