@@ -19,15 +19,25 @@ def float32(device):
     return False
 
 
-kd.bf16_is_faster = float32
-folder = Path(sys.argv[1])
-images, labels = kd.load_split(Path("data"), "test")
-answers = {"labels": labels.numpy().astype(np.uint8)}
-for path in sorted(folder.glob("*.pt")):
-    network = kd.StudentModel()
-    if path.stem == "teacher":
-        network = kd.TeacherModel()
-    network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
-    network = network.to(memory_format=torch.channels_last)
-    answers[path.stem] = kd.predict(network, images).argmax(dim=1).numpy().astype(np.uint8)
-np.savez_compressed(folder / "answers.npz", **answers)
+def test_logits(folder):
+    """The labels of the test images, int64 (10000,), and the logits of each network that is in the
+    folder, float32 (10000, 10)."""
+    kd.bf16_is_faster = float32
+    images, labels = kd.load_split(Path("data"), "test")
+    logits = {}
+    for path in sorted(Path(folder).glob("*.pt")):
+        network = kd.StudentModel()
+        if path.stem == "teacher":
+            network = kd.TeacherModel()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"])
+        logits[path.stem] = kd.predict(network.to(memory_format=torch.channels_last), images)
+    return labels, logits
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    labels, logits = test_logits(folder)
+    answers = {"labels": labels.numpy().astype(np.uint8)}
+    for name in logits:
+        answers[name] = logits[name].argmax(dim=1).numpy().astype(np.uint8)
+    np.savez_compressed(folder / "answers.npz", **answers)

@@ -8,35 +8,21 @@ python results/study/confidence.py results/strong
 """
 
 import sys
-from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
+from answers import test_logits
 
-sys.path.append(".")
-import kd
-
-
-def float32(device):
-    return False
-
-
-kd.bf16_is_faster = float32
-folder = Path(sys.argv[1])
-images, labels = kd.load_split(Path("data"), "test")
+labels, all_logits = test_logits(sys.argv[1])
 print("| | accuracy | confidence | where wrong | cross-entropy | best factor | then |")
 print("|---|---|---|---|---|---|---|")
 for name in ("teacher", "student", "control", "dist_student"):
-    network = kd.StudentModel()
-    if name == "teacher":
-        network = kd.TeacherModel()
-    run = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)
-    network.load_state_dict(run["model"])
-    logits = kd.predict(network.to(memory_format=torch.channels_last), images)
+    logits = all_logits[name]
     confidences, answers = logits.softmax(dim=1).max(dim=1)
+    right = answers == labels
+    accuracy = 100 * right.float().mean().item()
     confidence = 100 * confidences.mean().item()
-    where_wrong = 100 * confidences[answers != labels].mean().item()
+    where_wrong = 100 * confidences[~right].mean().item()
     loss = F.cross_entropy(logits, labels).item()
     best_loss = loss
     best_factor = 1.0
@@ -45,5 +31,5 @@ for name in ("teacher", "student", "control", "dist_student"):
         if scaled_loss < best_loss:
             best_loss = scaled_loss
             best_factor = factor
-    row = f"| {name} | {kd.accuracy(logits, labels):.2f} | {confidence:.2f} "
+    row = f"| {name} | {accuracy:.2f} | {confidence:.2f} "
     print(row + f"| {where_wrong:.2f} | {loss:.3f} | {best_factor:.2f} | {best_loss:.3f} |")
