@@ -403,6 +403,13 @@ def test_control_runs_as_many_epochs_as_dist_student(copy, data_dir):
     assert len(read_pt(copy, "control")["log"]) == 3
 
 
+def test_early_stopping_does_not_look_at_the_test_images(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(kd, "test", lambda network, data: {"test_loss": 1.0, "test_acc": 50.0})
+    options = ["--limit", 20, "--epochs", 4, "--patience", 2, "--min-delta", 1e-6]
+    run(data_dir, tmp_path, "student", *options)
+    assert len(read_pt(tmp_path, "student")["log"]) == 4  # the training loss still changes
+
+
 def test_no_step_reads_from_the_device_and_bf16_is_used(monkeypatch, data):
     """Reading a number (`aten::_local_scalar_dense`) would make the CPU wait for a GPU."""
     calls = []
@@ -488,6 +495,8 @@ def test_evaluate_names_limit_and_holdout_and_needs_no_other_option(data_dir, tm
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["limit"], summary["holdout"]) == (3, 100)
     assert summary["made_with"]["control"]["seed"] == 3
+    teacher = summary["rows"]["teacher"]
+    assert teacher["agreement"] == 100 > teacher["test_acc"]  # with itself, not with the labels
     table = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "--limit 3" in table and "--holdout 100" in table
     torch.manual_seed(3)
