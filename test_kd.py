@@ -2,12 +2,9 @@
 the experiment: data, networks, loss, training. Then files: resuming, interruptions, refusals."""
 
 import dataclasses
-import os
 import pickle
 import re
 import shutil
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in kd.py, but torch is imported here first
 
 import numpy as np
 import pytest
@@ -166,8 +163,7 @@ def test_layers_and_parameters_are_the_original_s(kind, reported, capsys):
     out = capsys.readouterr().out  # torchsummary's table
     assert f"Total params: {reported:,}\n" in out
     layers = re.findall(r"(\w+)-\d+ ", out)
-    assert layers[:3] == ["Conv2d", "ReLU", "BatchNorm2d"]
-    assert layers.count("Conv2d") == 24 and layers.count("BatchNorm2d") == 14
+    assert layers[:3] == ["Conv2d", "ReLU", "BatchNorm2d"] and layers.count("Conv2d") == 24
     network(torch.rand(2, 3, 32, 32)).sum().backward()
     assert all(weight.grad.any() for weight in network.parameters())  # each has an effect
 

@@ -1,0 +1,113 @@
+"""Tables over seeds and variants, and effect.png, from the logs beside this file:
+
+python results/seeds.py
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent
+NAMES = ["teacher", "student", "control", "dist_student"]
+# For each seed: the folder of teacher and student, and that of dist_student and control.
+SEEDS = {
+    "reference": [("reference", "reference")]
+    + [(f"seeds/reference_{seed}", f"seeds/reference_{seed}") for seed in (1, 2, 3, 4)],
+    "strong, warm start": [
+        ("strong", "variants/strong_warm_0"),
+        ("seeds/strong_1", "variants/strong_warm_1"),
+        ("seeds/strong_2", "variants/strong_warm_2"),
+    ],
+    "strong, 5,000 images": [("few", "few")]
+    + [(f"seeds/few_{seed}", f"seeds/few_{seed}") for seed in (1, 2, 3, 4)],
+}
+# Student's t, 97.5 %, by number of seeds.
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def read(folder, name):
+    """The test accuracies of a training, one per epoch."""
+    path = ROOT / folder / f"{name}_train_logs.csv"
+    return np.genfromtxt(path, delimiter=",", names=True)["test_acc"]
+
+
+def last(log):
+    return log[-1]
+
+
+def last_five(log):
+    return log[-5:].mean()
+
+
+def accuracies(folders, figure):
+    """For each name, an array with one value per seed."""
+    values = {name: [] for name in NAMES}
+    for first, second in folders:
+        for name, folder in zip(NAMES, (first, first, second, second), strict=True):
+            path = ROOT / folder / f"{name}_train_logs.csv"
+            if not path.exists():  # all seeds share the teacher of seed 0
+                folder = folders[0][0]
+            values[name].append(figure(read(folder, name)))
+    return {name: np.array(numbers) for name, numbers in values.items()}
+
+
+def half_width(values):
+    """Of the 95 % interval of the mean, by Student's t."""
+    return T[len(values)] * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def print_table(rows):
+    for number, row in enumerate(rows):
+        print("| " + " | ".join(row) + " |")
+        if number == 0:
+            print("|---" * len(row) + "|")
+    print()
+
+
+def print_seeds(figure):
+    table = [["", *NAMES, "effect of the teacher", "seed by seed"]]
+    for recipe, folders in SEEDS.items():
+        values = accuracies(folders, figure)
+        effect = values["dist_student"] - values["control"]
+        mean = effect.mean()
+        half = half_width(effect)
+        row = [f"{recipe}, {len(effect)} seeds"]
+        row += [f"{values[name].mean():.2f} ± {values[name].std(ddof=1):.2f}" for name in NAMES]
+        row.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
+        row.append(", ".join(f"{value:+.2f}" for value in effect))
+        table.append(row)
+    print_table(table)
+
+
+def print_variants():
+    table = [["variant", "training", "epochs", "last epoch", "last five"]]
+    for path in sorted((ROOT / "variants").glob("*/*.csv")):
+        name = path.name.removesuffix("_train_logs.csv")
+        log = read(path.parent, name)
+        row = [path.parent.name, name, str(len(log))]
+        table.append([*row, f"{last(log):.2f}", f"{last_five(log):.2f}"])
+    print_table(table)
+
+
+def draw_effect():
+    """A dot per seed, and the mean with its 95 % interval."""
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0, color="black", linewidth=1)
+    for height, folders in enumerate(SEEDS.values()):
+        values = accuracies(folders, last)
+        effect = values["dist_student"] - values["control"]
+        axes.errorbar(effect.mean(), height, xerr=half_width(effect), fmt="D", capsize=6)
+        axes.plot(effect, np.full(len(effect), height + 0.25), "o", color="grey", markersize=5)
+    axes.set(yticks=range(len(SEEDS)), yticklabels=SEEDS, ylim=(len(SEEDS) - 0.5, -0.5))
+    axes.set_xlabel("effect of the teacher: points of test accuracy, dist_student − control")
+    figure.savefig(ROOT / "effect.png", dpi=150)
+
+
+for title, figure in (("After the last epoch", last), ("Mean of the last five epochs", last_five)):
+    print(f"{title}: test accuracy, mean ± standard deviation over seeds; 95 % intervals by t\n")
+    print_seeds(figure)
+print_variants()
+draw_effect()
