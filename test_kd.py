@@ -226,11 +226,11 @@ def train_by_hand(student, teacher, alpha, clip, factors, data):
 
 
 @pytest.mark.parametrize(
-    "warm_start, clip, warmup, factors, tolerance",  # new weights amplify rounding
-    [(1, 1e9, 0, [1, 1, 1, 1], 0.01), (0, 0.5, 0.5, [0, 0.5, 1, 0.5], 0.1)],
+    "warm_start, clip, warmup, factors",
+    [(1, 1e9, 0, [1, 1, 1, 1]), (0, 0.5, 0.5, [0, 0.5, 1, 0.5])],
 )
 def test_second_trainings_are_what_a_plain_loop_computes(
-    warm_start, clip, warmup, factors, tolerance, copy, data_dir, data
+    warm_start, clip, warmup, factors, copy, data_dir, data
 ):
     options = ["--epochs", 2, "--batch-size", 80, "--min-delta=0", "--seed=3", "--weight-decay=0.1"]
     options += ["--grad-clip", clip, "--warmup", warmup, "--warm-start", warm_start]
@@ -245,9 +245,9 @@ def test_second_trainings_are_what_a_plain_loop_computes(
         start = weights(student)
         losses = train_by_hand(student, teacher, alpha, clip, factors, data)
         log = kd.column(run_of(copy, name)["log"], "train_loss")
-        assert log == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])], rel=1e-3)
+        assert log == pytest.approx([np.mean(losses[:2]), np.mean(losses[2:])], rel=0.01)
         distance = saved_weights(copy, name) - weights(student)
-        assert distance.norm() < tolerance * (weights(student) - start).norm()
+        assert distance.norm() < 0.03 * (weights(student) - start).norm()
 
 
 def test_control_runs_as_many_epochs_as_dist_student(copy, data_dir):
