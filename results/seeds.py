@@ -1,4 +1,4 @@
-"""Tables over seeds and variants, and effect.png, from the logs beside this file:
+"""Tables over seeds and variants and effect.png, from the logs beside this file:
 
 python results/seeds.py
 """
@@ -21,7 +21,7 @@ SEEDS = {
         ("seeds/strong_2", "variants/strong_warm_2"),
     ],
     "strong, 5,000 images": [("few", "few")]
-    + [(f"seeds/few_{seed}", f"seeds/few_{seed}") for seed in (1, 2)],
+    + [(f"seeds/few_{seed}", f"seeds/few_{seed}") for seed in (1, 2, 3, 4)],
 }
 # Student's t, 97.5 %, by number of seeds.
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -54,8 +54,16 @@ def accuracies(folders, figure):
 
 
 def half_width(values):
-    """Of the 95 % interval of the mean, by Student's t."""
+    """Of the 95 % interval of the mean, by Student's t. One seed has none."""
+    if len(values) == 1:
+        return math.nan
     return T[len(values)] * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def spread(values):
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
 def print_table(rows):
@@ -73,8 +81,7 @@ def print_seeds(figure):
         effect = values["dist_student"] - values["control"]
         mean = effect.mean()
         half = half_width(effect)
-        row = [f"{recipe}, {len(effect)} seeds"]
-        row += [f"{values[name].mean():.2f} ± {values[name].std(ddof=1):.2f}" for name in NAMES]
+        row = [f"{recipe}, {len(effect)} seeds", *[spread(values[name]) for name in NAMES]]
         row.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
         row.append(", ".join(f"{value:+.2f}" for value in effect))
         table.append(row)
