@@ -1,4 +1,4 @@
-"""Tables over seeds and variants and effect.png, from the logs beside this file:
+"""Tables over seeds and variants, effect.png and images.png, from the logs beside this file:
 
 python results/seeds.py
 """
@@ -15,6 +15,7 @@ NAMES = ["teacher", "student", "control", "dist_student"]
 SEEDS = {
     "reference, all images": [("reference", "reference")]
     + [(f"seeds/reference_{seed}", f"seeds/reference_{seed}") for seed in (1, 2, 3, 4)],
+    "strong, all images": [("strong", "strong")],
     "strong, all images, warm start": [
         ("strong", "variants/strong_warm_0"),
         ("seeds/strong_1", "variants/strong_warm_1"),
@@ -22,6 +23,12 @@ SEEDS = {
     ],
     "strong, 5,000 images": [("few", "few")]
     + [(f"seeds/few_{seed}", f"seeds/few_{seed}") for seed in (1, 2, 3, 4)],
+}
+# `strong` with fewer training images, always 1,000 steps.
+IMAGES = {
+    2_000: "variants/images_2000",
+    5_000: "few",
+    20_000: "variants/images_20000",
 }
 # Student's t, 97.5 %, by number of seeds.
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -81,8 +88,9 @@ def print_seeds(figure):
         effect = values["dist_student"] - values["control"]
         mean = effect.mean()
         half = half_width(effect)
-        row = [f"{recipe}, {len(effect)} seeds", *[spread(values[name]) for name in NAMES]]
-        row.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
+        row = [recipe, *[spread(values[name]) for name in NAMES], f"{mean:+.2f}"]
+        if len(effect) > 1:
+            row[-1] += f" ({mean - half:+.2f} to {mean + half:+.2f})"
         row.append(", ".join(f"{value:+.2f}" for value in effect))
         table.append(row)
     print_table(table)
@@ -113,8 +121,28 @@ def draw_effect():
     figure.savefig(ROOT / "effect.png", dpi=150)
 
 
+def draw_images():
+    """Student and dist_student by number of training images. With all, they took 9,800 steps."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    teacher = last(read("strong", "teacher"))
+    axes.axhline(teacher, color="grey", linestyle="--", label="teacher, trained on 50,000")
+    for name, colour in (("dist_student", "C0"), ("student", "C1")):
+        heights = [last(read(folder, name)) for folder in IMAGES.values()]
+        axes.plot(list(IMAGES), heights, "o-", color=colour, label=name)
+        axes.plot(50_000, last(read("strong", name)), "o", color=colour)
+    axes.set_xscale("log")
+    ticks = [f"{number:,}" for number in IMAGES]
+    axes.set_xticks([*IMAGES, 50_000], [*ticks, "50,000\n(ten times the steps)"])
+    axes.minorticks_off()
+    axes.set(xlabel="training images of the student", ylabel="test accuracy (%)")
+    axes.legend(loc="lower right")
+    figure.savefig(ROOT / "images.png", dpi=150)
+
+
 for title, figure in (("After the last epoch", last), ("Mean of the last five epochs", last_five)):
     print(f"{title}: test accuracy, mean ± standard deviation over seeds; 95 % intervals by t\n")
     print_seeds(figure)
 print_variants()
 draw_effect()
+# draw_images()
