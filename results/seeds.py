@@ -28,6 +28,7 @@ SEEDS = {
 IMAGES = {
     2_000: "variants/images_2000",
     5_000: "few",
+    10_000: "variants/images_10000",
     20_000: "variants/images_20000",
 }
 # Student's t, 97.5 %, by number of seeds.
@@ -145,4 +146,4 @@ for title, figure in (("After the last epoch", last), ("Mean of the last five ep
     print_seeds(figure)
 print_variants()
 draw_effect()
-# draw_images()
+draw_images()
