@@ -11,28 +11,29 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent
 NAMES = ["teacher", "student", "control", "dist_student"]
-# For each seed: the folder of teacher and student, and that of dist_student and control.
+REFERENCE = ["reference"] + [f"seeds/reference_{seed}" for seed in (1, 2, 3, 4)]
+STRONG = ["strong", "seeds/strong_1", "seeds/strong_2"]
+FEW = ["few"] + [f"seeds/few_{seed}" for seed in (1, 2, 3, 4)]
+# For each seed, three folders: that of dist_student's teacher, that of the student, and that of
+# dist_student and control.
 SEEDS = {
-    "reference, all images": [("reference", "reference")]
-    + [(f"seeds/reference_{seed}", f"seeds/reference_{seed}") for seed in (1, 2, 3, 4)],
-    "strong, all images": [("strong", "strong")],
+    "reference, all images": [(folder, folder, folder) for folder in REFERENCE],
+    "strong, all images": [("strong", folder, folder) for folder in STRONG],
     "strong, all images, warm start": [
-        ("strong", "variants/strong_warm_0"),
-        ("seeds/strong_1", "variants/strong_warm_1"),
-        ("seeds/strong_2", "variants/strong_warm_2"),
+        (folder, folder, f"variants/strong_warm_{seed}") for seed, folder in enumerate(STRONG)
     ],
-    "strong, 5,000 images": [("few", "few")]
-    + [(f"seeds/few_{seed}", f"seeds/few_{seed}") for seed in (1, 2, 3, 4)],
+    "strong, 5,000 images": [("strong", folder, folder) for folder in FEW],
 }
-# `strong` with fewer training images, always 1,000 steps.
+# `strong` by number of the student's images, always about 1,000 steps.
 IMAGES = {
     2_000: "variants/images_2000",
     5_000: "few",
     10_000: "variants/images_10000",
     20_000: "variants/images_20000",
+    50_000: "variants/images_50000",
 }
 # Student's t, 97.5 %, by number of seeds.
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+T = {3: 4.303, 5: 2.776}
 
 
 def read(folder, name):
@@ -52,26 +53,15 @@ def last_five(log):
 def accuracies(folders, figure):
     """For each name, an array with one value per seed."""
     values = {name: [] for name in NAMES}
-    for first, second in folders:
-        for name, folder in zip(NAMES, (first, first, second, second), strict=True):
-            path = ROOT / folder / f"{name}_train_logs.csv"
-            if not path.exists():  # all seeds share the teacher of seed 0
-                folder = folders[0][0]
+    for teacher, student, second in folders:
+        for name, folder in zip(NAMES, (teacher, student, second, second), strict=True):
             values[name].append(figure(read(folder, name)))
     return {name: np.array(numbers) for name, numbers in values.items()}
 
 
 def half_width(values):
-    """Of the 95 % interval of the mean, by Student's t. One seed has none."""
-    if len(values) == 1:
-        return math.nan
+    """Of the 95 % interval of the mean, by Student's t."""
     return T[len(values)] * values.std(ddof=1) / math.sqrt(len(values))
-
-
-def spread(values):
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{values.mean():.2f} ± {values.std(ddof=1):.2f}"
 
 
 def print_table(rows):
@@ -89,9 +79,13 @@ def print_seeds(figure):
         effect = values["dist_student"] - values["control"]
         mean = effect.mean()
         half = half_width(effect)
-        row = [recipe, *[spread(values[name]) for name in NAMES], f"{mean:+.2f}"]
-        if len(effect) > 1:
-            row[-1] += f" ({mean - half:+.2f} to {mean + half:+.2f})"
+        row = [recipe]
+        for name in NAMES:
+            cell = f"{values[name].mean():.2f}"
+            if np.ptp(values[name]) > 0:  # not one teacher for all seeds
+                cell += f" ± {values[name].std(ddof=1):.2f}"
+            row.append(cell)
+        row.append(f"{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f})")
         row.append(", ".join(f"{value:+.2f}" for value in effect))
         table.append(row)
     print_table(table)
@@ -123,7 +117,7 @@ def draw_effect():
 
 
 def draw_images():
-    """Student and dist_student by number of training images. With all, they took 9,800 steps."""
+    """Student and dist_student by number of training images."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     teacher = last(read("strong", "teacher"))
@@ -131,10 +125,10 @@ def draw_images():
     for name, colour in (("dist_student", "C0"), ("student", "C1")):
         heights = [last(read(folder, name)) for folder in IMAGES.values()]
         axes.plot(list(IMAGES), heights, "o-", color=colour, label=name)
-        axes.plot(50_000, last(read("strong", name)), "o", color=colour)
+        label = f"{name}, ten times the steps"
+        axes.plot(50_000, last(read("strong", name)), "*", color=colour, label=label)
     axes.set_xscale("log")
-    ticks = [f"{number:,}" for number in IMAGES]
-    axes.set_xticks([*IMAGES, 50_000], [*ticks, "50,000\n(ten times the steps)"])
+    axes.set_xticks(list(IMAGES), [f"{number:,}" for number in IMAGES])
     axes.minorticks_off()
     axes.set(xlabel="training images of the student", ylabel="test accuracy (%)")
     axes.legend(loc="lower right")
